@@ -1,0 +1,33 @@
+// Dense linear algebra that torch does well, called through the dispatcher on buffers of ours.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace dse::cpu {
+
+using torch::stable::Tensor;
+
+// out (m x n, ld ldo) = a (m x k) * b (k x n); row-major with the given strides (stride of the row, stride of the
+// column), out with unit column stride.
+struct Matrix {
+  const void* data;
+  int64_t rows, cols, row_stride, col_stride;
+};
+void matmul(const float* /*type tag*/, const Matrix& a, const Matrix& b, float* out, int64_t ldo);
+void matmul(const double* /*type tag*/, const Matrix& a, const Matrix& b, double* out, int64_t ldo);
+
+// Eigenvalues (ascending) and eigenvectors of a symmetric matrix of which the upper triangle is given.
+// Eigenvector i is vectors[i * n + 0 .. n). Without `vectors` only the values are computed.
+void symmetric_eigen(const double* g, int64_t n, int64_t ld, double* values, double* vectors);
+
+// Thin singular value decomposition a (m x n, ld) = u diag(s) vh, r = min(m, n):
+// u (m x r) and vh (r x n) are row-major without gaps; null pointers are left out.
+void thin_svd(const double* a, int64_t m, int64_t n, int64_t ld, double* u, double* s, double* vh);
+
+// The triangular factor r (n x n, row-major) of a (m x n, m >= n).
+void qr_triangle(const double* a, int64_t m, int64_t n, int64_t ld, double* r);
+
+}  // namespace dse::cpu

@@ -1,0 +1,68 @@
+#include "cpu/clusters.h"
+
+#include <algorithm>
+
+#include "cpu/aten.h"
+
+namespace dse::cpu {
+
+template <typename T>
+void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items) {
+  // Stable: the order of equal sizes, and with it the outcome, is fixed.
+  std::stable_sort(items.begin(), items.end(),
+                   [](const ClusterItem<T>& a, const ClusterItem<T>& b) { return a.n > b.n; });
+  std::vector<SpectralWorkspace> workspaces(static_cast<size_t>(max_workers()));
+  const auto total = static_cast<int64_t>(items.size());
+  for_each_task((total + kEigenLanes - 1) / kEigenLanes, [&](int64_t task, int64_t worker) {
+    const int64_t begin = task * kEigenLanes, count = std::min(total - begin, kEigenLanes);
+    RowSet sets[kEigenLanes];
+    SpectralTarget<T> targets[kEigenLanes];
+    for (int64_t i = 0; i < count; ++i) {
+      const ClusterItem<T>& item = items[static_cast<size_t>(begin + i)];
+      sets[i] = {&x, item.rows, 0, item.n, true};
+      targets[i].slot = item.slot;
+    }
+    spectral_functions<T>(sets, count, SpectralKind::kNuclearNorm, targets, workspaces[static_cast<size_t>(worker)]);
+    for (int64_t i = 0; i < count; ++i) {
+      const ClusterItem<T>& item = items[static_cast<size_t>(begin + i)];
+      *item.norm = targets[i].value;
+      if (item.form != nullptr) *item.form = static_cast<int64_t>(targets[i].form);
+    }
+  });
+}
+
+template <typename T>
+void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item, int64_t first_row, T* accumulator,
+                          ClusterGradientWorkspace<T>& ws) {
+  if (item.form == SavedForm::kNone || item.weight == 0.0) return;
+  const int64_t d = x.dim, n = item.n;
+  const T* product = item.slot;
+  if (item.form == SavedForm::kGramSide) {
+    double* rows = ws.rows.reserve(n * d);
+    gather_rows({&x, item.rows, 0, n, true}, rows, d);
+    T* centred = ws.centred.reserve(n * d);
+    for (int64_t i = 0; i < n * d; ++i) centred[i] = static_cast<T>(rows[i]);
+    T* out = ws.product.reserve(n * d);
+    if (n <= d) {
+      matmul(out, {item.slot, n, n, n, 1}, {centred, n, d, d, 1}, out, d);
+    } else {
+      matmul(out, {centred, n, d, d, 1}, {item.slot, d, d, d, 1}, out, d);
+    }
+    product = out;
+  }
+  const T weight = static_cast<T>(item.weight);
+  for (int64_t i = 0; i < n; ++i) {
+    const T* src = product + i * d;
+    T* dst = accumulator + (item.rows[i] - first_row) * d;
+    for (int64_t f = 0; f < d; ++f) dst[f] += weight * src[f];
+  }
+}
+
+template void nuclear_norms<float>(const Features&, std::vector<ClusterItem<float>>&);
+template void nuclear_norms<double>(const Features&, std::vector<ClusterItem<double>>&);
+template void add_cluster_gradient<float>(const Features&, const ClusterGradientItem<float>&, int64_t, float*,
+                                          ClusterGradientWorkspace<float>&);
+template void add_cluster_gradient<double>(const Features&, const ClusterGradientItem<double>&, int64_t, double*,
+                                           ClusterGradientWorkspace<double>&);
+
+}  // namespace dse::cpu

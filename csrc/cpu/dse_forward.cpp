@@ -1,0 +1,449 @@
+// torch.ops.dse_ext.dse_components on the CPU.
+//
+// Order of the stages: row norms, local and global k-means (labels), nuclear norms of all clusters, effective
+// rank, spread of the rows, distance to the nearest other centroid. Features are read in place; the largest
+// workspace is one group of rows.
+
+#include <array>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "common/rng.h"
+#include "cpu/clusters.h"
+#include "cpu/dse_state.h"
+#include "cpu/kmeans.h"
+#include "cpu/lazy_zeros.h"
+#include "cpu/operators.h"
+#include "cpu/row_statistics.h"
+#include "cpu/spectrum.h"
+#include "cpu/validate.h"
+
+namespace dse::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+Tensor empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
+}
+
+// Clusters of groups of rows, local or global.
+struct Partition {
+  std::vector<ClusterIndex> index;
+  std::vector<double> norms;  // groups * k
+  int64_t k = 0;
+
+  double norm(size_t g, int64_t c) const { return norms[g * static_cast<size_t>(k) + static_cast<size_t>(c)]; }
+};
+
+template <typename T>
+class Forward {
+ public:
+  Forward(const Tensor& z, Problem problem, uint64_t seed, KMeansOptions options, bool save)
+      : z_(z),
+        p_(problem),
+        seed_(seed),
+        options_(options),
+        x_(Features::of(z, "z")),
+        rows_(p_),
+        index_(p_) {
+    const ScalarType real = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+    for (Tensor& component : components_) component = empty(z, {}, real);
+    local_labels_ = empty(z, {p_.images, p_.positions}, ScalarType::Long);
+    global_labels_ = empty(z, {p_.images, p_.positions}, ScalarType::Long);
+    centroids_ = empty(z, {p_.groups(), p_.global_clusters, p_.dim}, real);
+    const int64_t kept = save ? 1 : 0;
+    saved_local_ = lazy_zeros({kept * p_.images, p_.positions, p_.dim}, real);
+    saved_global_ = lazy_zeros({kept * p_.images, p_.positions, p_.dim}, real);
+    saved_dim_ = empty(z, {kept * dim_matrices(p_), dim_side(p_), dim_side(p_)}, ScalarType::Double);
+    saved_rows_ = empty(z, {kept * rows_.size()}, ScalarType::Double);
+    saved_index_ = empty(z, {kept * index_.size()}, ScalarType::Long);
+    save_ = save;
+    if (!save) {
+      scratch_rows_.reserve(rows_.size());
+      scratch_index_.reserve(index_.size());
+    }
+    real_ = save ? static_cast<double*>(saved_rows_.mutable_data_ptr()) : scratch_rows_.data();
+    int_ = save ? static_cast<int64_t*>(saved_index_.mutable_data_ptr()) : scratch_index_.data();
+  }
+
+  DseOutputs run(const std::optional<Tensor>& local_labels, const std::optional<Tensor>& global_labels,
+                 const std::optional<Tensor>& global_centroids) {
+    const bool finite = row_scales(x_, p_.normalize, real_ + rows_.scale());
+    x_.row_scale = real_ + rows_.scale();
+    int_[index_.finite()] = finite ? 1 : 0;
+    if (!finite) {
+      poison();
+      return outputs();
+    }
+    label_locally(local_labels);
+    label_globally(global_labels, global_centroids);
+    measure_clusters();
+    double value[5];
+    value[3] = effective_rank();
+    value[4] = average_norm(x_, real_ + rows_.mean(), real_ + rows_.mean_direction());
+    value[0] = inter_distance();
+    value[1] = mean_local_radius();
+    value[2] = mean_global_radius();
+    if (divides_by_avg_norm(p_.variant)) {
+      // All rows equal: nothing to measure the radii by, and nothing to measure.
+      for (int i = 0; i < 3; ++i) value[i] = value[4] > 0.0 ? value[i] / value[4] : 0.0;
+    }
+    for (size_t i = 0; i < 5; ++i) {
+      real_[rows_.components() + static_cast<int64_t>(i)] = value[i];
+      write_scalar(components_[i], value[i]);
+    }
+    return outputs();
+  }
+
+ private:
+  DseOutputs outputs() const {
+    return {components_[0], components_[1], components_[2], components_[3], components_[4],
+            local_labels_,  global_labels_, centroids_,     saved_local_,   saved_global_,
+            saved_dim_,     saved_rows_,    saved_index_};
+  }
+
+  static void write_scalar(Tensor& t, double value) { *static_cast<T*>(t.mutable_data_ptr()) = static_cast<T>(value); }
+  int64_t* labels(Tensor& t) const { return static_cast<int64_t*>(t.mutable_data_ptr()); }
+
+  // Features that are not finite: everything is NaN, labels are zero.
+  void poison() {
+    for (Tensor& component : components_) write_scalar(component, std::numeric_limits<double>::quiet_NaN());
+    std::fill_n(labels(local_labels_), p_.rows(), int64_t{0});
+    std::fill_n(labels(global_labels_), p_.rows(), int64_t{0});
+    std::fill_n(static_cast<T*>(centroids_.mutable_data_ptr()), centroids_.numel(),
+                std::numeric_limits<T>::quiet_NaN());
+    std::fill_n(int_, index_.size(), int64_t{0});
+    if (!save_) return;
+    std::fill_n(static_cast<double*>(saved_dim_.mutable_data_ptr()), saved_dim_.numel(), 0.0);
+    std::fill_n(real_, rows_.size(), 0.0);
+  }
+
+  static void copy_labels(const Tensor& from, int64_t* to) {
+    const auto* src = static_cast<const int64_t*>(from.const_data_ptr());
+    const int64_t rows = from.size(0), columns = from.size(1), s0 = from.stride(0), s1 = from.stride(1);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) to[i * columns + j] = src[i * s0 + j * s1];
+  }
+
+  void label_locally(const std::optional<Tensor>& given) {
+    int64_t* out = labels(local_labels_);
+    if (given) {
+      copy_labels(*given, out);
+      return;
+    }
+    std::vector<KMeansWorkspace<T>> workspaces(static_cast<size_t>(max_workers()));
+    const auto one = [&](int64_t image, int64_t worker) {
+      kmeans<T>(x_, image * p_.positions, p_.positions, p_.local_clusters, options_,
+                {seed_, RngPurpose::kLocalKMeans, static_cast<uint64_t>(image)},
+                workspaces[static_cast<size_t>(worker)], out + image * p_.positions, nullptr, false);
+    };
+    if (p_.images >= max_workers()) {
+      for_each_light_task(p_.images, p_.rows() * p_.dim * p_.local_clusters, one);
+    } else {  // few images: the threads share the rows of each
+      for (int64_t image = 0; image < p_.images; ++image) one(image, 0);
+    }
+  }
+
+  void label_globally(const std::optional<Tensor>& given, const std::optional<Tensor>& given_centroids) {
+    int64_t* out = labels(global_labels_);
+    auto* centroids = static_cast<T*>(centroids_.mutable_data_ptr());
+    const int64_t k = p_.global_clusters, d = p_.dim;
+    const T absent = std::numeric_limits<T>::infinity();
+    std::fill_n(centroids, centroids_.numel(), absent);
+    if (given) copy_labels(*given, out);
+    if (given_centroids) copy_centroids(*given_centroids, centroids);
+    KMeansWorkspace<T> ws;
+    Buffer<double> fresh(k * d);
+    for (int64_t g = 0; g < p_.groups(); ++g) {
+      const int64_t begin = p_.group_begin(g), n = p_.group_end(g) - begin;
+      T* own = centroids + g * k * d;
+      if (!given && given_centroids) {
+        assign_to_given(begin, n, own, out + begin);
+      } else if (!given) {
+        const int64_t clusters = std::min(k, n);
+        kmeans<T>(x_, begin, n, clusters, options_,
+                  {seed_, RngPurpose::kGlobalKMeans, static_cast<uint64_t>(g)}, ws, out + begin, fresh.data(),
+                  false);
+        for (int64_t i = 0; i < clusters * d; ++i) own[i] = static_cast<T>(fresh[i]);
+      }
+    }
+  }
+
+  void copy_centroids(const Tensor& given, T* centroids) {
+    const int64_t k = p_.global_clusters, d = p_.dim;
+    const DType type = dtype_of(given, "global_centroids");
+    const auto* data = static_cast<const char*>(given.const_data_ptr());
+    const auto bytes = static_cast<int64_t>(given.element_size());
+    Buffer<double> row(d);
+    for (int64_t g = 0; g < p_.groups(); ++g) {
+      // A last group that is smaller may have fewer rows than clusters: what lies beyond is padding.
+      const int64_t rows = p_.group_end(g) - p_.group_begin(g);
+      const int64_t present = rows < p_.group_images * p_.positions ? std::min(k, rows) : k;
+      for (int64_t c = 0; c < present; ++c) {
+        load_run(type, data + bytes * (g * given.stride(0) + c * given.stride(1)), given.stride(2), d, 1.0,
+                 row.data());
+        for (int64_t f = 0; f < d; ++f) centroids[(g * k + c) * d + f] = static_cast<T>(row[f]);
+      }
+    }
+  }
+
+  // Labels of the nearest of the given centroids.
+  void assign_to_given(int64_t begin, int64_t n, const T* centroids, int64_t* out) {
+    const int64_t k = p_.global_clusters, d = p_.dim;
+    Buffer<double> wide(k * d), distance(n);
+    for (int64_t i = 0; i < k * d; ++i) wide[i] = static_cast<double>(centroids[i]);
+    std::fill_n(out, n, int64_t{-1});  // no row has a centroid of its own yet
+    Buffer<int64_t> nearest(n);
+    if (nearest_other_centroid(x_, begin, begin + n, out, wide.data(), k, nearest.data(), distance.data())) {
+      std::copy_n(nearest.data(), n, out);
+    } else {
+      std::fill_n(out, n, int64_t{0});
+    }
+  }
+
+  void measure_clusters() {
+    std::vector<ClusterItem<T>> items;
+    T* local_slots = save_ ? static_cast<T*>(saved_local_.mutable_data_ptr()) : nullptr;
+    T* global_slots = save_ ? static_cast<T*>(saved_global_.mutable_data_ptr()) : nullptr;
+    const auto prepare = [&](Partition& part, int64_t groups, int64_t k) {
+      part.k = k;
+      part.index.resize(static_cast<size_t>(groups));
+      part.norms.resize(static_cast<size_t>(groups * k));
+    };
+    prepare(local_, p_.images, p_.local_clusters);
+    prepare(global_, p_.groups(), p_.global_clusters);
+    const auto add = [&](Partition& part, int64_t g, const int64_t* label, int64_t begin, int64_t n, T* slots,
+                         int64_t* forms) {
+      ClusterIndex& index = part.index[static_cast<size_t>(g)];
+      index.build(label + begin, n, part.k, begin);
+      append_clusters<T>(index, part.k, p_.dim, slots != nullptr ? slots + begin * p_.dim : nullptr,
+                         part.norms.data() + g * part.k, forms + g * part.k, items);
+    };
+    for (int64_t image = 0; image < p_.images; ++image) {
+      add(local_, image, labels(local_labels_), image * p_.positions, p_.positions, local_slots,
+          int_ + index_.local_form());
+    }
+    for (int64_t g = 0; g < p_.groups(); ++g) {
+      add(global_, g, labels(global_labels_), p_.group_begin(g), p_.group_end(g) - p_.group_begin(g),
+          global_slots, int_ + index_.global_form());
+    }
+    nuclear_norms(x_, items);
+  }
+
+  double effective_rank() {
+    SpectralWorkspace ws;
+    constexpr bool kExact = sizeof(T) == 8;
+    auto* matrices = save_ ? static_cast<double*>(saved_dim_.mutable_data_ptr()) : nullptr;
+    int64_t* steep = int_ + index_.steep();
+    if (p_.variant != Variant::kEvaluation) {
+      bool is_steep = false;
+      const double rank = streamed_effective_rank({&x_, nullptr, 0, p_.rows(), false}, kExact, matrices, &is_steep, ws);
+      *steep = is_steep ? 1 : 0;
+      if (p_.variant == Variant::kPaper) return rank;
+      return rank / static_cast<double>(std::min(p_.rows(), p_.dim));
+    }
+    // Position j of the permuted images: one row of every image.
+    int64_t* permutation = int_ + index_.permutation();
+    permute_positions(permutation);
+    const int64_t side = dim_side(p_);
+    std::vector<double> ranks(static_cast<size_t>(p_.positions));
+    std::vector<SpectralWorkspace> workspaces(static_cast<size_t>(max_workers()));
+    for_each_task(p_.positions, [&](int64_t j, int64_t worker) {
+      bool is_steep = false;
+      ranks[static_cast<size_t>(j)] = streamed_effective_rank(
+          {&x_, permutation + j * p_.images, 0, p_.images, false}, kExact,
+          matrices != nullptr ? matrices + j * side * side : nullptr, &is_steep,
+          workspaces[static_cast<size_t>(worker)]);
+      steep[j] = is_steep ? 1 : 0;
+    });
+    double total = 0.0;
+    for (const double rank : ranks) total += rank;
+    return total / static_cast<double>(p_.positions * std::min(p_.images, p_.dim));
+  }
+
+  // rows[j * B + b] = the row of image b that stands at position j after a random permutation of its positions
+  // (Fisher and Yates).
+  void permute_positions(int64_t* rows) {
+    for_each_light_task(p_.images, 100 * p_.rows(), [&](int64_t b, int64_t) {
+      const RngStream rng{seed_, RngPurpose::kPermutation, static_cast<uint64_t>(b)};
+      std::vector<int64_t> order(static_cast<size_t>(p_.positions));
+      for (size_t j = 0; j < order.size(); ++j) order[j] = b * p_.positions + static_cast<int64_t>(j);
+      for (int64_t j = p_.positions - 1; j > 0; --j) {
+        std::swap(order[static_cast<size_t>(j)],
+                  order[static_cast<size_t>(rng.below(static_cast<uint32_t>(j), j + 1))]);
+      }
+      for (int64_t j = 0; j < p_.positions; ++j) rows[j * p_.images + b] = order[static_cast<size_t>(j)];
+    });
+  }
+
+  double inter_distance() {
+    const int64_t k = p_.global_clusters, d = p_.dim;
+    auto* centroids = static_cast<T*>(centroids_.mutable_data_ptr());
+    int64_t* nearest = int_ + index_.nearest();
+    double* distance = real_ + rows_.distance();
+    Buffer<double> wide(k * d);
+    double total = 0.0;
+    int64_t terms = 0;
+    for (int64_t g = 0; g < p_.groups(); ++g) {
+      const int64_t begin = p_.group_begin(g), end = p_.group_end(g);
+      T* own = centroids + g * k * d;
+      const ClusterIndex& index = global_.index[static_cast<size_t>(g)];
+      if (centroids_from_labels_) label_means(index, own);
+      for (int64_t i = 0; i < k * d; ++i) wide[i] = static_cast<double>(own[i]);
+      if (!nearest_other_centroid(x_, begin, end, labels(global_labels_) + begin, wide.data(), k, nearest + begin,
+                                  distance + begin)) {
+        continue;
+      }
+      if (p_.variant != Variant::kPaper) {
+        double sum = 0.0;
+        for (int64_t i = begin; i < end; ++i) sum += distance[i];
+        total += sum / static_cast<double>(end - begin);
+        ++terms;
+        continue;
+      }
+      for (int64_t c = 0; c < k; ++c) {
+        if (index.size(c) == 0) continue;
+        double sum = 0.0;
+        for (int64_t i = 0; i < index.size(c); ++i) {
+          const double dist = distance[index.rows(c)[i]];
+          sum += dist * dist;
+        }
+        total += sum / static_cast<double>(index.size(c));
+        ++terms;
+      }
+    }
+    return terms > 0 ? total / static_cast<double>(terms) : 0.0;
+  }
+
+  // Centroids of given labels: the means of their rows; a cluster without rows has none.
+  void label_means(const ClusterIndex& index, T* centroids) {
+    const int64_t d = p_.dim;
+    Buffer<double> means(max_workers() * d);
+    for_each_light_task(p_.global_clusters, index.offset.back() * d, [&](int64_t c, int64_t worker) {
+      if (index.size(c) == 0) return;
+      double* mean = means.data() + worker * d;
+      column_means({&x_, index.rows(c), 0, index.size(c), false}, mean);
+      for (int64_t f = 0; f < d; ++f) centroids[c * d + f] = static_cast<T>(mean[f]);
+    });
+  }
+
+  // Mean over images of the mean over the clusters of an image.
+  double mean_local_radius() const {
+    double total = 0.0;
+    int64_t terms = 0;
+    for (size_t image = 0; image < local_.index.size(); ++image) {
+      double sum = 0.0;
+      int64_t clusters = 0;
+      add_radii(local_, image, &sum, &clusters);
+      if (clusters == 0) continue;
+      total += sum / static_cast<double>(clusters);
+      ++terms;
+    }
+    return terms > 0 ? total / static_cast<double>(terms) : 0.0;
+  }
+
+  // Mean over all clusters of all groups.
+  double mean_global_radius() const {
+    double sum = 0.0;
+    int64_t clusters = 0;
+    for (size_t g = 0; g < global_.index.size(); ++g) add_radii(global_, g, &sum, &clusters);
+    return clusters > 0 ? sum / static_cast<double>(clusters) : 0.0;
+  }
+
+  void add_radii(const Partition& part, size_t g, double* sum, int64_t* clusters) const {
+    for (int64_t c = 0; c < part.k; ++c) {
+      const int64_t n = part.index[g].size(c);
+      if (n < 2) continue;
+      *sum += part.norm(g, c) * radius_scale(p_.variant, n, p_.dim);
+      ++*clusters;
+    }
+  }
+
+ public:
+  // Labels were given without centroids.
+  bool centroids_from_labels_ = false;
+
+ private:
+  const Tensor& z_;
+  Problem p_;
+  uint64_t seed_;
+  KMeansOptions options_;
+  Features x_;
+  SavedRows rows_;
+  SavedIndex index_;
+  bool save_ = false;
+  std::array<Tensor, 5> components_;
+  Tensor local_labels_, global_labels_, centroids_;
+  Tensor saved_local_, saved_global_, saved_dim_, saved_rows_, saved_index_;
+  Buffer<double> scratch_rows_;
+  Buffer<int64_t> scratch_index_;
+  double* real_ = nullptr;
+  int64_t* int_ = nullptr;
+  Partition local_, global_;
+};
+
+}  // namespace
+
+Problem make_problem(const Tensor& z, const std::string& variant, int64_t local_clusters, int64_t global_clusters,
+                     std::optional<int64_t> group_images, bool normalize) {
+  require_features(z, "z", "(B, N, d)");
+  dtype_of(z, "z");
+  Problem p;
+  p.images = z.size(0);
+  p.positions = z.size(1);
+  p.dim = z.size(2);
+  if (!parse_variant(variant, &p.variant)) {
+    reject("variant must be 'regularizer', 'evaluation' or 'paper', got '", variant, "'.");
+  }
+  require_at_least(local_clusters, 1, "local_clusters");
+  require_at_least(global_clusters, 1, "global_clusters");
+  p.group_images = group_images.value_or(std::max<int64_t>(global_clusters / local_clusters, 1));
+  require_at_least(p.group_images, 1, "group_images");
+  p.group_images = std::min(p.group_images, p.images);
+  p.local_clusters = local_clusters;
+  p.global_clusters = global_clusters;
+  p.normalize = normalize;
+  return p;
+}
+
+DseOutputs dse_components(const Tensor& z, const Tensor& seed, std::string variant, int64_t local_clusters,
+                          int64_t global_clusters, std::optional<int64_t> group_images, bool normalize,
+                          int64_t max_kmeans_iters, double tol, std::optional<Tensor> local_labels,
+                          std::optional<Tensor> global_labels, std::optional<Tensor> global_centroids,
+                          bool save_for_backward) {
+  Problem p = make_problem(z, variant, local_clusters, global_clusters, group_images, normalize);
+  require_at_least(max_kmeans_iters, 1, "max_kmeans_iters");
+  if (!(tol > 0.0)) reject("tol must be > 0, got ", tol, ".");
+  // k-means finds no more clusters than there are rows; given labels may name more.
+  if (!local_labels) p.local_clusters = std::min(local_clusters, p.positions);
+  if (global_centroids) {
+    const Tensor& c = *global_centroids;
+    require_cpu(c, "global_centroids");
+    dtype_of(c, "global_centroids");
+    if (c.dim() != 3 || c.size(0) != p.groups() || c.size(1) < 1 || c.size(2) != p.dim) {
+      reject("global_centroids must have shape (", p.groups(), ", k, ", p.dim, ") with k >= 1, got ", shape_of(c),
+             ".");
+    }
+    p.global_clusters = c.size(1);
+  } else if (!global_labels) {
+    p.global_clusters = std::min(global_clusters, p.group_images * p.positions);
+  }
+  if (local_labels) require_labels(*local_labels, p.images, p.positions, p.local_clusters, "local_labels");
+  if (global_labels) require_labels(*global_labels, p.images, p.positions, p.global_clusters, "global_labels");
+  const uint64_t seed_number = seed_value(seed);
+  const auto compute = [&](auto tag) {
+    Forward<decltype(tag)> forward(z, p, seed_number, {max_kmeans_iters, tol}, save_for_backward);
+    forward.centroids_from_labels_ = global_labels.has_value() && !global_centroids.has_value();
+    return forward.run(local_labels, global_labels, global_centroids);
+  };
+  return z.scalar_type() == ScalarType::Double ? compute(double{}) : compute(float{});
+}
+
+}  // namespace dse::cpu

@@ -1,0 +1,257 @@
+// k-means in centred, scaled coordinates: subtracting the mean of the rows keeps the differences between
+// collapsing features, and dividing by their largest deviation keeps squares inside float32's range.
+//
+// Distances are compared as ||c||^2 / 2 - <x, c>: one register-blocked product of rows and centroids. Centroid
+// sums are kept in float64 and updated only for rows that changed cluster.
+
+#include "cpu/kmeans.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace dse::cpu {
+namespace {
+
+constexpr int64_t kBlockRows = 64;
+constexpr int64_t kSlab = 64;  // columns of the centroid sums that one task updates
+
+int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+// points = (x - mean) / scale, rounded to T; remembers mean and scale.
+template <typename T>
+void load_points(const Features& x, int64_t first, int64_t n, KMeansWorkspace<T>& ws) {
+  const int64_t d = x.dim, ld = ws.ld, blocks = blocks_of(n, kBlockRows);
+  double* shift = ws.shift.reserve(d);
+  double* partial = ws.sums.reserve((blocks + 1) * ld);
+  double* extent = ws.row.reserve(blocks * ld + blocks);
+  double* largest = extent + blocks * ld;
+  // The first row is taken off before summing, so that equal rows have exactly their own value as the mean.
+  double* origin = partial + blocks * ld;
+  x.load(first, origin);
+  for_each_light_task(blocks, n * ld, [&](int64_t b, int64_t) {
+    double* sum = partial + b * ld;
+    double* row = extent + b * ld;
+    std::fill(sum, sum + ld, 0.0);
+    for (int64_t i = b * kBlockRows; i < std::min(n, (b + 1) * kBlockRows); ++i) {
+      x.load(first + i, row);
+      for (int64_t f = 0; f < d; ++f) sum[f] += row[f] - origin[f];
+    }
+  });
+  for (int64_t b = 1; b < blocks; ++b) axpy(1.0, partial + b * ld, partial, d);
+  for (int64_t f = 0; f < d; ++f) shift[f] = origin[f] + partial[f] / static_cast<double>(n);
+
+  for_each_light_task(blocks, n * ld, [&](int64_t b, int64_t) {
+    double* row = extent + b * ld;
+    double most = 0.0;
+    for (int64_t i = b * kBlockRows; i < std::min(n, (b + 1) * kBlockRows); ++i) {
+      x.load(first + i, row);
+      for (int64_t f = 0; f < d; ++f) most = std::max(most, std::abs(row[f] - shift[f]));
+    }
+    largest[b] = most;
+  });
+  const double most = *std::max_element(largest, largest + blocks);
+  // A power of two: scaling is exact.
+  ws.scale = most > 0.0 ? std::exp2(std::floor(std::log2(most))) : 1.0;
+  if (!(ws.scale > 0.0)) ws.scale = std::numeric_limits<double>::min();
+  const double inverse = 1.0 / ws.scale;
+
+  T* points = ws.points.reserve(n * ld);
+  for_each_light_task(blocks, n * ld, [&](int64_t b, int64_t) {
+    double* row = extent + b * ld;
+    for (int64_t i = b * kBlockRows; i < std::min(n, (b + 1) * kBlockRows); ++i) {
+      x.load(first + i, row);
+      T* out = points + i * ld;
+      for (int64_t f = 0; f < d; ++f) out[f] = static_cast<T>((row[f] - shift[f]) * inverse);
+      for (int64_t f = d; f < ld; ++f) out[f] = T(0);
+    }
+  });
+}
+
+// k-means++ (Arthur & Vassilvitskii 2007): every next centroid is a row drawn with probability proportional to
+// its squared distance from the nearest centroid so far.
+template <typename T>
+void seed_centroids(int64_t n, int64_t k, const RngStream& rng, KMeansWorkspace<T>& ws) {
+  const int64_t ld = ws.ld, blocks = blocks_of(n, kBlockRows);
+  const T* points = ws.points.data();
+  T* centroids = ws.centroids.data();
+  T* nearest = ws.distance.reserve(n);
+  T* fresh = ws.scores.reserve(n);
+  std::fill(nearest, nearest + n, std::numeric_limits<T>::infinity());
+  int64_t chosen = rng.below(0, n);
+  for (int64_t c = 0;; ++c) {
+    T* centroid = centroids + c * ld;
+    std::copy_n(points + chosen * ld, ld, centroid);
+    if (c + 1 == k) return;
+    for_each_light_task(blocks, n * ld, [&](int64_t b, int64_t) {
+      const int64_t begin = b * kBlockRows, end = std::min(n, begin + kBlockRows);
+      squared_distances(points + begin * ld, end - begin, centroid, ld, fresh + begin);
+      for (int64_t i = begin; i < end; ++i) nearest[i] = std::min(nearest[i], fresh[i]);
+    });
+    double total = 0.0;
+    for (int64_t i = 0; i < n; ++i) total += static_cast<double>(nearest[i]);
+    const auto draw = static_cast<uint32_t>(c + 1);
+    if (!(total > 0.0)) {
+      chosen = rng.below(draw, n);
+      continue;
+    }
+    const double target = rng.uniform(draw) * total;
+    double running = 0.0;
+    chosen = -1;
+    int64_t last_positive = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      if (nearest[i] > T(0)) last_positive = i;
+      running += static_cast<double>(nearest[i]);
+      if (running > target) {
+        chosen = i;
+        break;
+      }
+    }
+    if (chosen < 0) chosen = last_positive;  // rounding put the target at the very end
+  }
+}
+
+// Nearest centroid of every row.
+template <typename T>
+void assign(int64_t n, int64_t k, KMeansWorkspace<T>& ws, int64_t* labels) {
+  const int64_t ld = ws.ld, blocks = blocks_of(n, kBlockRows);
+  const T* points = ws.points.data();
+  const T* centroids = ws.centroids.data();
+  T* scores = ws.scores.reserve(blocks * kBlockRows * k + k);
+  T* half_norm = scores + blocks * kBlockRows * k;
+  for (int64_t c = 0; c < k; ++c) {
+    double total = 0.0;
+    for (int64_t f = 0; f < ld; ++f) {
+      const double value = static_cast<double>(centroids[c * ld + f]);
+      total += value * value;
+    }
+    half_norm[c] = static_cast<T>(0.5 * total);
+  }
+  for_each_light_task(blocks, n * k * ld, [&](int64_t b, int64_t) {
+    const int64_t begin = b * kBlockRows, end = std::min(n, begin + kBlockRows);
+    T* block = scores + begin * k;
+    row_dots(points + begin * ld, end - begin, centroids, k, ld, block, k);
+    for (int64_t i = begin; i < end; ++i) {
+      const T* s = block + (i - begin) * k;
+      int64_t best = 0;
+      T best_value = half_norm[0] - s[0];
+      for (int64_t c = 1; c < k; ++c) {
+        const T value = half_norm[c] - s[c];
+        if (value < best_value) {
+          best_value = value;
+          best = c;
+        }
+      }
+      labels[i] = best;
+    }
+  });
+}
+
+// Adds what changed since `previous` to the sums of every cluster.
+template <typename T>
+void update_sums(int64_t n, KMeansWorkspace<T>& ws, const int64_t* labels, const int64_t* previous) {
+  const int64_t ld = ws.ld;
+  const T* points = ws.points.data();
+  double* sums = ws.sums.data();
+  for_each_light_task(blocks_of(ld, kSlab), n * ld, [&](int64_t slab, int64_t) {
+    const int64_t begin = slab * kSlab, end = std::min(ld, begin + kSlab);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t now = labels[i], before = previous[i];
+      if (now == before) continue;
+      const T* row = points + i * ld;
+      double* gain = sums + now * ld;
+      for (int64_t f = begin; f < end; ++f) gain[f] += static_cast<double>(row[f]);
+      if (before >= 0) {
+        double* loss = sums + before * ld;
+        for (int64_t f = begin; f < end; ++f) loss[f] -= static_cast<double>(row[f]);
+      }
+    }
+  });
+}
+
+// Squared distance of every row from the centroid that it was assigned to.
+template <typename T>
+T* own_distances(int64_t n, KMeansWorkspace<T>& ws, const int64_t* labels) {
+  const int64_t ld = ws.ld;
+  T* distance = ws.distance.reserve(n);
+  for_each_light_task(blocks_of(n, kBlockRows), n * ld, [&](int64_t b, int64_t) {
+    for (int64_t i = b * kBlockRows; i < std::min(n, (b + 1) * kBlockRows); ++i) {
+      squared_distances(ws.points.data() + i * ld, 1, ws.centroids.data() + labels[i] * ld, ld, distance + i);
+    }
+  });
+  return distance;
+}
+
+}  // namespace
+
+template <typename T>
+double kmeans(const Features& x, int64_t first, int64_t n, int64_t k, const KMeansOptions& options,
+              const RngStream& rng, KMeansWorkspace<T>& ws, int64_t* labels, double* centroids,
+              bool want_inertia) {
+  const int64_t d = x.dim;
+  ws.ld = padded(d);
+  const int64_t ld = ws.ld;
+  load_points(x, first, n, ws);
+  T* c = ws.centroids.reserve(k * ld);
+  seed_centroids(n, k, rng, ws);
+
+  double* sums = ws.sums.reserve_zeroed(k * ld);
+  int64_t* previous = ws.previous.reserve(n);
+  int64_t* counts = ws.counts.reserve_zeroed(k);
+  std::fill(previous, previous + n, int64_t{-1});
+  for (int64_t iteration = 0; iteration < options.max_iters; ++iteration) {
+    assign(n, k, ws, labels);
+    update_sums(n, ws, labels, previous);
+    std::fill(counts, counts + k, int64_t{0});
+    for (int64_t i = 0; i < n; ++i) ++counts[labels[i]];
+    // Measured before the centroids move; a row that one empty cluster took is out of the others' reach.
+    T* distance = std::find(counts, counts + k, 0) != counts + k ? own_distances(n, ws, labels) : nullptr;
+    double shift = 0.0;
+    for (int64_t j = 0; j < k; ++j) {
+      T* centroid = c + j * ld;
+      const T* replacement = nullptr;
+      if (counts[j] == 0) {
+        T* farthest = std::max_element(distance, distance + n);
+        replacement = ws.points.data() + (farthest - distance) * ld;
+        *farthest = T(-1);
+      }
+      const double inverse = counts[j] > 0 ? 1.0 / static_cast<double>(counts[j]) : 0.0;
+      for (int64_t f = 0; f < ld; ++f) {
+        const T value = replacement != nullptr ? replacement[f] : static_cast<T>(sums[j * ld + f] * inverse);
+        const double step = static_cast<double>(value) - static_cast<double>(centroid[f]);
+        shift += step * step;
+        centroid[f] = value;
+      }
+    }
+    std::copy_n(labels, n, previous);
+    if (std::sqrt(shift) * ws.scale < options.tol) break;
+  }
+  assign(n, k, ws, labels);
+
+  const double* offset = ws.shift.data();
+  if (centroids != nullptr) {
+    for (int64_t j = 0; j < k; ++j)
+      for (int64_t f = 0; f < d; ++f)
+        centroids[j * d + f] = offset[f] + static_cast<double>(c[j * ld + f]) * ws.scale;
+  }
+  if (!want_inertia) return 0.0;
+  double inertia = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    const T* row = ws.points.data() + i * ld;
+    const T* centroid = c + labels[i] * ld;
+    double total = 0.0;
+    for (int64_t f = 0; f < d; ++f) {
+      const double step = static_cast<double>(row[f]) - static_cast<double>(centroid[f]);
+      total += step * step;
+    }
+    inertia += total;
+  }
+  return inertia * ws.scale * ws.scale;
+}
+
+template double kmeans<float>(const Features&, int64_t, int64_t, int64_t, const KMeansOptions&, const RngStream&,
+                              KMeansWorkspace<float>&, int64_t*, double*, bool);
+template double kmeans<double>(const Features&, int64_t, int64_t, int64_t, const KMeansOptions&,
+                               const RngStream&, KMeansWorkspace<double>&, int64_t*, double*, bool);
+
+}  // namespace dse::cpu

@@ -1,0 +1,240 @@
+#include "cpu/simd.h"
+
+#include <bit>
+#include <cstring>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+// Vectors never cross the boundary of a function that is not inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace dse::cpu {
+namespace {
+
+// 32-byte vectors: two SSE registers in the baseline clone, one AVX register in the other.
+template <typename T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(32), aligned(4), may_alias));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(32), aligned(8), may_alias));
+};
+
+#define DSE_INLINE inline __attribute__((always_inline))
+
+template <typename T>
+DSE_INLINE T horizontal_sum(const typename VecOf<T>::type& v) {
+  constexpr int kLanes = 32 / sizeof(T);
+  T total = 0;
+  // Pairwise, so that the order does not depend on how the vector is mapped to registers.
+  T part[kLanes];
+  for (int i = 0; i < kLanes; ++i) part[i] = v[i];
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  total = part[0];
+  return total;
+}
+
+// R rows against C columns, all accumulators in registers.
+template <typename T, int R, int C>
+DSE_INLINE void dot_tile(const T* a, const T* b, int64_t ld, T* out, int64_t ldo) {
+  using V = typename VecOf<T>::type;
+  constexpr int64_t kLanes = 32 / sizeof(T);
+  V acc[R][C] = {};
+  for (int64_t p = 0; p < ld; p += kLanes) {
+    V bv[C];
+    for (int c = 0; c < C; ++c) bv[c] = *reinterpret_cast<const V*>(b + c * ld + p);
+    for (int r = 0; r < R; ++r) {
+      const V av = *reinterpret_cast<const V*>(a + r * ld + p);
+      for (int c = 0; c < C; ++c) acc[r][c] += av * bv[c];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) out[r * ldo + c] = horizontal_sum<T>(acc[r][c]);
+}
+
+template <typename T>
+DSE_INLINE void row_dots_impl(const T* a, int64_t m, const T* b, int64_t k, int64_t ld, T* out, int64_t ldo) {
+  int64_t i = 0;
+  for (; i + 4 <= m; i += 4) {
+    int64_t c = 0;
+    for (; c + 3 <= k; c += 3) dot_tile<T, 4, 3>(a + i * ld, b + c * ld, ld, out + i * ldo + c, ldo);
+    for (; c < k; ++c) dot_tile<T, 4, 1>(a + i * ld, b + c * ld, ld, out + i * ldo + c, ldo);
+  }
+  for (; i < m; ++i)
+    for (int64_t c = 0; c < k; ++c) dot_tile<T, 1, 1>(a + i * ld, b + c * ld, ld, out + i * ldo + c, ldo);
+}
+
+template <typename T>
+DSE_INLINE void squared_distances_impl(const T* a, int64_t m, const T* c, int64_t ld, T* out) {
+  using V = typename VecOf<T>::type;
+  constexpr int64_t kLanes = 32 / sizeof(T);
+  for (int64_t i = 0; i < m; ++i) {
+    const T* row = a + i * ld;
+    V acc0 = {}, acc1 = {};
+    for (int64_t p = 0; p < ld; p += 2 * kLanes) {
+      const V d0 = *reinterpret_cast<const V*>(row + p) - *reinterpret_cast<const V*>(c + p);
+      const V d1 = *reinterpret_cast<const V*>(row + p + kLanes) - *reinterpret_cast<const V*>(c + p + kLanes);
+      acc0 += d0 * d0;
+      acc1 += d1 * d1;
+    }
+    out[i] = horizontal_sum<T>(acc0 + acc1);
+  }
+}
+
+// 4 x 12 outer-product tile of A^T B: per row 3 vector loads, 4 broadcasts, 12 multiply-adds.
+template <int R>
+DSE_INLINE void tn_tile(const double* a, int64_t lda, const double* b, int64_t ldb, int64_t rows, double* c,
+                        int64_t ldc) {
+  using V = VecOf<double>::type;
+  V acc[R][3] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    const double* br = b + r * ldb;
+    const double* ar = a + r * lda;
+    const V b0 = *reinterpret_cast<const V*>(br);
+    const V b1 = *reinterpret_cast<const V*>(br + 4);
+    const V b2 = *reinterpret_cast<const V*>(br + 8);
+    for (int i = 0; i < R; ++i) {
+      const V av = {ar[i], ar[i], ar[i], ar[i]};
+      acc[i][0] += av * b0;
+      acc[i][1] += av * b1;
+      acc[i][2] += av * b2;
+    }
+  }
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < 3; ++v) {
+      V* dst = reinterpret_cast<V*>(c + i * ldc + 4 * v);
+      *dst += acc[i][v];
+    }
+}
+
+DSE_INLINE float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+
+DSE_INLINE double widen(double x) { return x; }
+DSE_INLINE double widen(float x) { return static_cast<double>(x); }
+DSE_INLINE double widen_bfloat16(uint16_t x) { return bits_to_float(static_cast<uint32_t>(x) << 16); }
+// Rebias by a multiplication, which also normalizes subnormals; infinities and NaN keep their exponent.
+DSE_INLINE double widen_half(uint16_t h) {
+  const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fffu) << 13;
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  const uint32_t scaled = std::bit_cast<uint32_t>(bits_to_float(magnitude) * 0x1p112f);
+  const uint32_t special = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+  return bits_to_float(scaled | special | sign);
+}
+
+template <typename S, typename Widen>
+DSE_INLINE void load_run_impl(const S* src, int64_t stride, int64_t n, double scale, double* dst, Widen to) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = to(src[i]) * scale;
+  } else {
+    for (int64_t i = 0; i < n; ++i) dst[i] = to(src[i * stride]) * scale;
+  }
+}
+
+}  // namespace
+
+DSE_MULTIVERSION void row_dots(const float* a, int64_t m, const float* b, int64_t k, int64_t ld, float* out,
+                               int64_t ldo) {
+  row_dots_impl<float>(a, m, b, k, ld, out, ldo);
+}
+DSE_MULTIVERSION void row_dots(const double* a, int64_t m, const double* b, int64_t k, int64_t ld, double* out,
+                               int64_t ldo) {
+  row_dots_impl<double>(a, m, b, k, ld, out, ldo);
+}
+DSE_MULTIVERSION void squared_distances(const float* a, int64_t m, const float* c, int64_t ld, float* out) {
+  squared_distances_impl<float>(a, m, c, ld, out);
+}
+DSE_MULTIVERSION void squared_distances(const double* a, int64_t m, const double* c, int64_t ld, double* out) {
+  squared_distances_impl<double>(a, m, c, ld, out);
+}
+
+DSE_MULTIVERSION void tn_product_upper(const double* a, int64_t lda, const double* b, int64_t ldb, int64_t rows,
+                                       double* c, int64_t ldc, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  for (int64_t j = j0; j < j1; j += 12) {
+    // Tiles wholly below the diagonal are left out.
+    int64_t i = i0;
+    for (; i + 4 <= i1 && i < j + 12; i += 4) tn_tile<4>(a + i, lda, b + j, ldb, rows, c + i * ldc + j, ldc);
+    for (; i < i1 && i < j + 12; ++i) tn_tile<1>(a + i, lda, b + j, ldb, rows, c + i * ldc + j, ldc);
+  }
+}
+
+DSE_MULTIVERSION void load_run(DType dtype, const void* src, int64_t stride, int64_t n, double scale,
+                               double* dst) {
+  switch (dtype) {
+    case DType::kFloat64:
+      load_run_impl(static_cast<const double*>(src), stride, n, scale, dst, [](double x) { return widen(x); });
+      return;
+    case DType::kFloat32:
+      load_run_impl(static_cast<const float*>(src), stride, n, scale, dst, [](float x) { return widen(x); });
+      return;
+    case DType::kBFloat16:
+      load_run_impl(static_cast<const uint16_t*>(src), stride, n, scale, dst,
+                    [](uint16_t x) { return widen_bfloat16(x); });
+      return;
+    case DType::kFloat16:
+      load_run_impl(static_cast<const uint16_t*>(src), stride, n, scale, dst,
+                    [](uint16_t x) { return widen_half(x); });
+      return;
+  }
+}
+
+DSE_MULTIVERSION void store_run(DType dtype, const double* src, int64_t n, void* dst) {
+  switch (dtype) {
+    case DType::kFloat64:
+      std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(double));
+      return;
+    case DType::kFloat32: {
+      auto* out = static_cast<float*>(dst);
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(src[i]);
+      return;
+    }
+    case DType::kBFloat16: {
+      auto* out = static_cast<torch::headeronly::BFloat16*>(dst);
+      for (int64_t i = 0; i < n; ++i) out[i] = torch::headeronly::BFloat16(static_cast<float>(src[i]));
+      return;
+    }
+    case DType::kFloat16: {
+      auto* out = static_cast<torch::headeronly::Half*>(dst);
+      for (int64_t i = 0; i < n; ++i) out[i] = torch::headeronly::Half(static_cast<float>(src[i]));
+      return;
+    }
+  }
+}
+
+DSE_MULTIVERSION double sum_of_squares(const double* x, int64_t n) {
+  using V = VecOf<double>::type;
+  V acc0 = {}, acc1 = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const V x0 = *reinterpret_cast<const V*>(x + i);
+    const V x1 = *reinterpret_cast<const V*>(x + i + 4);
+    acc0 += x0 * x0;
+    acc1 += x1 * x1;
+  }
+  double total = horizontal_sum<double>(acc0 + acc1);
+  for (; i < n; ++i) total += x[i] * x[i];
+  return total;
+}
+
+DSE_MULTIVERSION double dot(const double* a, const double* b, int64_t n) {
+  using V = VecOf<double>::type;
+  V acc0 = {}, acc1 = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    acc0 += *reinterpret_cast<const V*>(a + i) * *reinterpret_cast<const V*>(b + i);
+    acc1 += *reinterpret_cast<const V*>(a + i + 4) * *reinterpret_cast<const V*>(b + i + 4);
+  }
+  double total = horizontal_sum<double>(acc0 + acc1);
+  for (; i < n; ++i) total += a[i] * b[i];
+  return total;
+}
+
+DSE_MULTIVERSION void axpy(double alpha, const double* x, double* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] += alpha * x[i];
+}
+
+}  // namespace dse::cpu

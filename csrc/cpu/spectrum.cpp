@@ -1,0 +1,446 @@
+// Every matrix goes through the float64 Gram matrix of its smaller side: exact enough for singular values above
+// about 1e-7 of the largest. Where a gradient (or a float64 result) needs smaller ones, and the spectrum has
+// them, the matrix is decomposed again by a singular value decomposition of a triangular factor.
+
+#include "cpu/spectrum.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/aten.h"
+#include "cpu/simd.h"
+
+namespace dse::cpu {
+namespace {
+
+constexpr double kEps = std::numeric_limits<double>::epsilon();
+constexpr int64_t kStreamRows = 128;
+constexpr int64_t kTile = 96;  // columns of one task of a streamed Gram matrix, a multiple of 12
+
+// Smallest eigenvalue ratio of a float64 Gram matrix that still gives singular vectors accurate to about 1e-6
+// (float32 results) and 1e-9 (float64 results).
+template <typename T>
+constexpr double steep_ratio() {
+  return sizeof(T) == 8 ? 1e-6 : 1e-9;
+}
+
+// Below this, singular values are rounding of the rows themselves.
+double noise_floor(double magnitude, int64_t n) { return 4.0 * kEps * magnitude * std::sqrt(static_cast<double>(n)); }
+
+// Rows or columns that are all zero (dead features, masked tokens) each hide one zero eigenvalue.
+int64_t count_null(const double* gram, int64_t m, int64_t ld, bool centered_rows) {
+  int64_t count = centered_rows ? 1 : 0;
+  for (int64_t i = 0; i < m; ++i) count += gram[i * ld + i] == 0.0 ? 1 : 0;
+  return std::min(count, m);
+}
+
+void mirror_upper(double* g, int64_t n, int64_t ld) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < i; ++j) g[i * ld + j] = g[j * ld + i];
+}
+
+// turned (cols x ldt) = matrix^T, zero tails.
+void transpose(const double* matrix, int64_t rows, int64_t cols, int64_t ld, double* turned, int64_t ldt) {
+  constexpr int64_t kStep = 8;
+  for (int64_t i0 = 0; i0 < rows; i0 += kStep) {
+    const int64_t i1 = std::min(rows, i0 + kStep);
+    for (int64_t f = 0; f < cols; ++f)
+      for (int64_t i = i0; i < i1; ++i) turned[f * ldt + i] = matrix[i * ld + f];
+  }
+  for (int64_t f = 0; f < cols; ++f) std::fill(turned + f * ldt + rows, turned + (f + 1) * ldt, 0.0);
+}
+
+// out (m x m) = sum_r coefficient[r] v_r v_r^T for m eigenvectors, row-major; symmetric.
+void weighted_projector(const double* vectors, const double* coefficient, int64_t m, SpectralWorkspace& ws,
+                        double* out, int64_t ldo) {
+  const int64_t ld = gram_ld(m);
+  double* left = ws.scaled.reserve(2 * m * ld);
+  double* right = left + m * ld;
+  int64_t used = 0;
+  for (int64_t r = 0; r < m; ++r) {
+    if (coefficient[r] == 0.0) continue;
+    double* a = left + used * ld;
+    double* b = right + used * ld;
+    for (int64_t i = 0; i < m; ++i) {
+      a[i] = vectors[r * m + i];
+      b[i] = vectors[r * m + i] * coefficient[r];
+    }
+    std::fill(a + m, a + ld, 0.0);
+    std::fill(b + m, b + ld, 0.0);
+    ++used;
+  }
+  for (int64_t i = 0; i < m; ++i) std::fill(out + i * ldo, out + (i + 1) * ldo, 0.0);
+  const int64_t tiles = (m + kTile - 1) / kTile;
+  for_each_light_task(tiles * (tiles + 1) / 2, m * m * used, [&](int64_t task, int64_t) {
+    int64_t row = 0;
+    while (task >= tiles - row) task -= tiles - row++;
+    const int64_t column = row + task;
+    tn_product_upper(left, ld, right, ld, used, out, ldo, row * kTile, std::min(m, (row + 1) * kTile),
+                     column * kTile, std::min(m, (column + 1) * kTile));
+  });
+  mirror_upper(out, m, ldo);
+}
+
+template <typename T>
+void store_matrix(const double* src, int64_t rows, int64_t cols, int64_t ld, T* dst) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) dst[i * cols + j] = static_cast<T>(src[i * ld + j]);
+}
+
+// Singular values from eigenvalues (ascending). `structural_null` eigenvalues are known to be zero.
+void eigenvalues_to_sigma(const double* values, int64_t m, int64_t structural_null, double floor, double* sigma) {
+  for (int64_t i = 0; i < m; ++i) {
+    const double s = i < structural_null ? 0.0 : std::sqrt(std::max(values[i], 0.0));
+    sigma[i] = s > floor ? s : 0.0;
+  }
+}
+
+bool is_steep(const double* values, int64_t m, int64_t structural_null, double floor, double ratio) {
+  const double largest = values[m - 1];
+  // Nothing but rounding: the value is 0 and so is the gradient.
+  if (!(largest > floor * floor)) return false;
+  return structural_null < m && values[structural_null] < ratio * largest;
+}
+
+// Zeroes singular values (any order) that are rounding of the decomposition.
+void cut_noise(double* sigma, int64_t m, int64_t n, int64_t d, double floor) {
+  const double largest = *std::max_element(sigma, sigma + m);
+  const double cut = std::max(floor, static_cast<double>(std::max(n, d)) * kEps * largest);
+  for (int64_t i = 0; i < m; ++i)
+    if (!(sigma[i] > cut)) sigma[i] = 0.0;
+}
+
+}  // namespace
+
+double gather_rows(const RowSet& set, double* out, int64_t ld) {
+  const int64_t d = set.x->dim, n = set.n;
+  double squares = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    double* row = out + i * ld;
+    set.x->load(set.index(i), row);
+    std::fill(row + d, row + ld, 0.0);
+    squares += sum_of_squares(row, d);
+  }
+  if (set.center && n > 0) {
+    // Relative to the first row first: equal rows become exactly zero, whatever their number.
+    Buffer<double> work(2 * d);
+    double* origin = work.data();
+    double* mean = origin + d;
+    std::copy_n(out, d, origin);
+    std::fill(mean, mean + d, 0.0);
+    for (int64_t i = 0; i < n; ++i) {
+      double* row = out + i * ld;
+      for (int64_t f = 0; f < d; ++f) row[f] -= origin[f];
+      for (int64_t f = 0; f < d; ++f) mean[f] += row[f];
+    }
+    const double inverse = 1.0 / static_cast<double>(n);
+    for (int64_t f = 0; f < d; ++f) mean[f] *= inverse;
+    for (int64_t i = 0; i < n; ++i) {
+      double* row = out + i * ld;
+      for (int64_t f = 0; f < d; ++f) row[f] -= mean[f];
+    }
+  }
+  return std::sqrt(squares / static_cast<double>(std::max<int64_t>(n, 1)));
+}
+
+void column_means(const RowSet& set, double* mean) {
+  const int64_t d = set.x->dim, n = set.n;
+  const int64_t block_rows = reduction_rows(n), blocks = (n + block_rows - 1) / block_rows;
+  Buffer<double> partial((2 * blocks + 1) * d);
+  double* origin = partial.data() + 2 * blocks * d;
+  set.x->load(set.index(0), origin);
+  for_each_light_task(blocks, n * d, [&](int64_t b, int64_t) {
+    double* sum = partial.data() + 2 * b * d;
+    double* row = sum + d;
+    std::fill(sum, sum + d, 0.0);
+    for (int64_t i = b * block_rows; i < std::min(n, (b + 1) * block_rows); ++i) {
+      set.x->load(set.index(i), row);
+      for (int64_t f = 0; f < d; ++f) sum[f] += row[f] - origin[f];
+    }
+  });
+  for (int64_t b = 1; b < blocks; ++b) axpy(1.0, partial.data() + 2 * b * d, partial.data(), d);
+  for (int64_t f = 0; f < d; ++f) mean[f] = origin[f] + partial[f] / static_cast<double>(n);
+}
+
+namespace {
+
+// Calls consume(block (rows x ld), rows) for consecutive blocks of centred rows; returns their root mean square
+// norm before centring.
+template <typename Consume>
+double stream_blocks(const RowSet& set, int64_t block_rows, int64_t ld, const Consume& consume) {
+  const int64_t d = set.x->dim, n = set.n;
+  Buffer<double> mean(d), block(block_rows * ld), norms(block_rows);
+  if (set.center) column_means(set, mean.data());
+  double squares = 0.0;
+  for (int64_t begin = 0; begin < n; begin += block_rows) {
+    const int64_t rows = std::min(block_rows, n - begin);
+    constexpr int64_t kRowsPerTask = 16;
+    for_each_light_task((rows + kRowsPerTask - 1) / kRowsPerTask, rows * d, [&](int64_t task, int64_t) {
+      for (int64_t i = task * kRowsPerTask; i < std::min(rows, (task + 1) * kRowsPerTask); ++i) {
+        double* row = block.data() + i * ld;
+        set.x->load(set.index(begin + i), row);
+        std::fill(row + d, row + ld, 0.0);
+        norms[i] = sum_of_squares(row, d);
+        if (set.center) axpy(-1.0, mean.data(), row, d);
+      }
+    });
+    for (int64_t i = 0; i < rows; ++i) squares += norms[i];
+    consume(block.data(), rows);
+  }
+  return std::sqrt(squares / static_cast<double>(n));
+}
+
+// c += a^T a over the upper triangle, tiles in parallel.
+void accumulate_gram(const double* a, int64_t lda, int64_t rows, int64_t n, double* c, int64_t ldc) {
+  const int64_t tiles = (n + kTile - 1) / kTile;
+  for_each_light_task(tiles * (tiles + 1) / 2, n * n * rows, [&](int64_t task, int64_t) {
+    int64_t row = 0;
+    while (task >= tiles - row) task -= tiles - row++;
+    const int64_t column = row + task;
+    tn_product_upper(a, lda, a, lda, rows, c, ldc, row * kTile, std::min(n, (row + 1) * kTile), column * kTile,
+                     std::min(n, (column + 1) * kTile));
+  });
+}
+
+// Triangular factor of a streamed matrix with n > d rows: QR of [R; next block] (a sequential tall-skinny QR,
+// Demmel et al. 2012), so that never more than a few blocks are in memory.
+void streamed_triangle(const RowSet& set, double* r) {
+  const int64_t d = set.x->dim, ld = d, block_rows = std::max<int64_t>(d, kStreamRows);
+  Buffer<double> stack((d + block_rows) * ld);
+  int64_t height = 0;
+  stream_blocks(set, block_rows, ld, [&](const double* block, int64_t rows) {
+    std::copy_n(block, rows * ld, stack.data() + height * ld);
+    const int64_t total = height + rows;
+    if (total < d) {
+      height = total;
+      return;
+    }
+    qr_triangle(stack.data(), total, d, ld, r);
+    std::copy_n(r, d * d, stack.data());
+    height = d;
+  });
+}
+
+}  // namespace
+
+void gram_matrix(const RowSet& set, double* gram, double* magnitude) {
+  const int64_t d = set.x->dim, n = set.n, m = std::min(n, d), ldg = gram_ld(m);
+  std::fill(gram, gram + m * ldg, 0.0);
+  if (n > d) {
+    *magnitude = stream_blocks(set, kStreamRows, ldg, [&](const double* block, int64_t rows) {
+      accumulate_gram(block, ldg, rows, d, gram, ldg);
+    });
+    return;
+  }
+  Buffer<double> matrix(n * d), turned(d * ldg);
+  *magnitude = gather_rows(set, matrix.data(), d);
+  transpose(matrix.data(), n, d, d, turned.data(), ldg);
+  accumulate_gram(turned.data(), ldg, d, n, gram, ldg);
+}
+
+namespace {
+
+// One matrix on its way through spectral_functions.
+struct Spectrum {
+  int64_t m = 0, null = 0;  // side of the Gram matrix; eigenvalues known to be zero
+  double floor = 0.0;       // singular values below are rounding
+  bool finite = true;
+  double* gram = nullptr;
+  double* values = nullptr;
+  double* vectors = nullptr;
+};
+
+void fill_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
+  const int64_t d = set.x->dim, n = set.n, ldm = gram_ld(d), ldg = gram_ld(s.m);
+  double* matrix = ws.matrix.reserve(n * ldm);
+  s.floor = noise_floor(gather_rows(set, matrix, ldm), n);
+  std::fill(s.gram, s.gram + s.m * ldg, 0.0);
+  const bool rows_side = n <= d;
+  if (rows_side) {
+    double* turned = ws.turned.reserve(d * ldg);
+    transpose(matrix, n, d, ldm, turned, ldg);
+    tn_product_upper(turned, ldg, turned, ldg, d, s.gram, ldg, 0, s.m, 0, s.m);
+  } else {
+    tn_product_upper(matrix, ldm, matrix, ldm, n, s.gram, ldg, 0, s.m, 0, s.m);
+  }
+  // Rows that sum to zero: one singular value vanishes by construction.
+  s.null = count_null(s.gram, s.m, ldg, set.center && rows_side);
+  mirror_upper(s.gram, s.m, ldg);
+  double trace = 0.0;
+  for (int64_t i = 0; i < s.m; ++i) trace += s.gram[i * ldg + i];
+  s.finite = std::isfinite(trace);
+}
+
+void decompose(Spectrum* spectra, int64_t count, bool want_vectors, SpectralWorkspace& ws) {
+  const double* matrices[kEigenLanes];
+  double* values[kEigenLanes];
+  double* vectors[kEigenLanes];
+  int64_t side[kEigenLanes], ld[kEigenLanes], used = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Spectrum& s = spectra[i];
+    if (!s.finite) continue;
+    if (s.m > kEigenLanesMaxSide) {
+      symmetric_eigen(s.gram, s.m, gram_ld(s.m), s.values, s.vectors);
+      continue;
+    }
+    matrices[used] = s.gram;
+    values[used] = s.values;
+    vectors[used] = s.vectors;
+    side[used] = s.m;
+    ld[used] = gram_ld(s.m);
+    ++used;
+  }
+  if (used == 0 || symmetric_eigen4(used, matrices, side, ld, values, want_vectors ? vectors : nullptr, ws.eigen)) {
+    return;
+  }
+  for (int64_t i = 0; i < used; ++i) {
+    symmetric_eigen(matrices[i], side[i], ld[i], values[i], want_vectors ? vectors[i] : nullptr);
+  }
+}
+
+// Features whose squares overflow: no number can be given.
+template <typename T>
+void fill_nan(const RowSet& set, SpectralTarget<T>& target) {
+  target.value = std::numeric_limits<double>::quiet_NaN();
+  if (target.slot == nullptr) return;
+  std::fill_n(target.slot, set.n * set.x->dim, std::numeric_limits<T>::quiet_NaN());
+  target.form = SavedForm::kPolar;
+}
+
+// Decomposes the matrix itself: values and the gradient, without the squared condition of the Gram matrix.
+template <typename T>
+void exact_spectral_function(const RowSet& set, SpectralKind kind, const Spectrum& s, double* sigma, double* weight,
+                             SpectralTarget<T>& target, SpectralWorkspace& ws) {
+  const int64_t d = set.x->dim, n = set.n, m = s.m, ldm = gram_ld(d), ldg = gram_ld(m);
+  double* matrix = ws.matrix.reserve(n * ldm);
+  gather_rows(set, matrix, ldm);
+  double* u = ws.factors.reserve(2 * m * m + m * d + n * d);
+  double* r = u + m * m;
+  double* vh = r + m * m;
+  double* product = vh + m * d;
+  const bool rows_side = n <= d;
+  if (rows_side) {
+    thin_svd(matrix, n, d, ldm, u, sigma, vh);
+  } else {  // the triangle has the singular values and right singular vectors of the matrix
+    qr_triangle(matrix, n, d, ldm, r);
+    thin_svd(r, d, d, d, nullptr, sigma, vh);
+  }
+  std::fill(sigma + m - s.null, sigma + m, 0.0);
+  cut_noise(sigma, m, n, d, s.floor);
+  const double value = spectral_value_and_weights(kind, sigma, m, weight);
+  if (sizeof(T) == 8) target.value = value;
+  if (target.slot == nullptr) return;
+  if (rows_side) {
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < m; ++j) u[i * m + j] *= weight[j];
+    matmul(product, {u, n, m, m, 1}, {vh, m, d, d, 1}, product, d);
+  } else {
+    for (int64_t j = 0; j < m; ++j) weight[j] = sigma[j] > 0.0 ? weight[j] / sigma[j] : 0.0;
+    weighted_projector(vh, weight, m, ws, s.gram, ldg);
+    matmul(product, {matrix, n, d, ldm, 1}, {s.gram, d, d, ldg, 1}, product, d);
+  }
+  store_matrix(product, n, d, d, target.slot);
+  target.form = SavedForm::kPolar;
+}
+
+}  // namespace
+
+template <typename T>
+void spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, SpectralTarget<T>* targets,
+                        SpectralWorkspace& ws) {
+  Spectrum spectra[kEigenLanes];
+  bool want_vectors = false;
+  for (int64_t i = 0; i < count; ++i) want_vectors = want_vectors || targets[i].slot != nullptr;
+  for (int64_t i = 0; i < count; ++i) {
+    Spectrum& s = spectra[i];
+    s.m = std::min(sets[i].n, sets[i].x->dim);
+    s.gram = ws.gram[i].reserve(s.m * gram_ld(s.m));
+    s.values = ws.spectrum[i].reserve(3 * s.m);
+    s.vectors = want_vectors ? ws.vectors[i].reserve(s.m * s.m) : nullptr;
+    fill_gram(sets[i], s, ws);
+  }
+  decompose(spectra, count, want_vectors, ws);
+  for (int64_t i = 0; i < count; ++i) {
+    const Spectrum& s = spectra[i];
+    SpectralTarget<T>& target = targets[i];
+    target.form = SavedForm::kNone;
+    if (!s.finite) {
+      fill_nan(sets[i], target);
+      continue;
+    }
+    double* sigma = s.values + s.m;
+    double* weight = sigma + s.m;
+    eigenvalues_to_sigma(s.values, s.m, s.null, s.floor, sigma);
+    target.value = spectral_value_and_weights(kind, sigma, s.m, weight);
+    if ((target.slot != nullptr || sizeof(T) == 8) && is_steep(s.values, s.m, s.null, s.floor, steep_ratio<T>())) {
+      exact_spectral_function(sets[i], kind, s, sigma, weight, target, ws);
+      continue;
+    }
+    if (target.slot == nullptr) continue;
+    for (int64_t j = 0; j < s.m; ++j) weight[j] = sigma[j] > 0.0 ? weight[j] / sigma[j] : 0.0;
+    const int64_t ldg = gram_ld(s.m);
+    weighted_projector(s.vectors, weight, s.m, ws, s.gram, ldg);
+    store_matrix(s.gram, s.m, s.m, ldg, target.slot);
+    target.form = SavedForm::kGramSide;
+  }
+}
+
+template void spectral_functions<float>(const RowSet*, int64_t, SpectralKind, SpectralTarget<float>*,
+                                        SpectralWorkspace&);
+template void spectral_functions<double>(const RowSet*, int64_t, SpectralKind, SpectralTarget<double>*,
+                                         SpectralWorkspace&);
+
+double streamed_effective_rank(const RowSet& set, bool exact, double* gradient, bool* steep,
+                               SpectralWorkspace& ws) {
+  const int64_t d = set.x->dim, n = set.n, m = std::min(n, d), ldg = gram_ld(m);
+  double* gram = ws.gram[0].reserve(m * ldg);
+  double magnitude = 0.0;
+  gram_matrix(set, gram, &magnitude);
+  const int64_t structural_null = count_null(gram, m, ldg, set.center && n <= d);
+  mirror_upper(gram, m, ldg);
+  const double floor = noise_floor(magnitude, n);
+  double trace = 0.0;
+  for (int64_t i = 0; i < m; ++i) trace += gram[i * ldg + i];
+  if (!std::isfinite(trace)) {  // squares overflow: no number can be given
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    *steep = false;
+    if (gradient != nullptr) std::fill_n(gradient, m * m, nan);
+    return nan;
+  }
+  double* values = ws.spectrum[0].reserve(3 * m);
+  double* sigma = values + m;
+  double* weight = sigma + m;
+  double* vectors = gradient != nullptr ? ws.vectors[0].reserve(m * m) : nullptr;
+  symmetric_eigen(gram, m, ldg, values, vectors);
+  eigenvalues_to_sigma(values, m, structural_null, floor, sigma);
+  double result = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m, weight);
+  *steep = (gradient != nullptr || exact) &&
+           is_steep(values, m, structural_null, floor, exact ? steep_ratio<double>() : steep_ratio<float>());
+  if (*steep) {
+    double* r = ws.factors.reserve(2 * m * std::max(m, d));
+    double* basis = r + m * std::max(m, d);  // m x m: left singular vectors (n <= d) or right ones, as rows
+    if (n <= d) {
+      Buffer<double> matrix(n * d), u(m * m);
+      gather_rows(set, matrix.data(), d);
+      thin_svd(matrix.data(), n, d, d, u.data(), sigma, nullptr);
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t j = 0; j < m; ++j) basis[j * m + i] = u[i * m + j];
+    } else {
+      streamed_triangle(set, r);
+      thin_svd(r, d, d, d, nullptr, sigma, basis);
+    }
+    std::fill(sigma + m - structural_null, sigma + m, 0.0);
+    cut_noise(sigma, m, n, d, floor);
+    const double exact_value = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m, weight);
+    if (exact) result = exact_value;
+    vectors = basis;
+  }
+  if (gradient == nullptr) return result;
+  for (int64_t i = 0; i < m; ++i) weight[i] = sigma[i] > 0.0 ? weight[i] / sigma[i] : 0.0;
+  weighted_projector(vectors, weight, m, ws, gram, ldg);
+  store_matrix(gram, m, m, ldg, gradient);
+  return result;
+}
+
+}  // namespace dse::cpu

@@ -1,0 +1,72 @@
+// Nuclear norms and effective ranks of dense matrices, with what their gradients need.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/problem.h"
+#include "common/spectral.h"
+#include "cpu/eigen4.h"
+#include "cpu/features.h"
+#include "cpu/parallel.h"
+
+namespace dse::cpu {
+
+// A matrix whose rows are rows of `x`: either the n rows listed in `rows`, or first, first + 1, ...; its column
+// means are taken off where `center`.
+struct RowSet {
+  const Features* x = nullptr;
+  const int64_t* rows = nullptr;
+  int64_t first = 0;
+  int64_t n = 0;
+  bool center = false;
+
+  int64_t index(int64_t i) const { return rows != nullptr ? rows[i] : first + i; }
+};
+
+// Where the results of one matrix go. `slot` takes n * d elements of T (null: no gradient wanted).
+template <typename T>
+struct SpectralTarget {
+  double value = 0.0;
+  SavedForm form = SavedForm::kNone;
+  T* slot = nullptr;
+};
+
+struct SpectralWorkspace {
+  Buffer<double> matrix;    // n x gram_ld(d), centred
+  Buffer<double> turned;    // d x gram_ld(n)
+  Buffer<double> gram[kEigenLanes];     // m x gram_ld(m)
+  Buffer<double> vectors[kEigenLanes];  // m x m
+  Buffer<double> spectrum[kEigenLanes]; // eigenvalues, singular values, weights
+  Buffer<double> scaled;    // two operands of the weighted product
+  Buffer<double> factors;   // singular vectors, in the exact path
+  Eigen4Workspace eigen;
+};
+
+// Rows summed by one task of a reduction over n rows: fixed by n alone, so that the order of additions does not
+// depend on the number of threads, and bounded in number, so that partial sums stay small.
+inline int64_t reduction_rows(int64_t n) { return std::max<int64_t>(64, (n + 255) / 256); }
+
+// Means of the columns of a non-empty set; exact where all rows are equal.
+void column_means(const RowSet& set, double* mean);
+
+// Rows gathered as float64, centred about their mean without cancellation: `out` is n x ld with zero tails.
+// Returns the root mean square norm of the rows before centring.
+double gather_rows(const RowSet& set, double* out, int64_t ld);
+
+// Gram matrix of the smaller side of `set` in float64 (rows x rows for n <= d, else d x d), upper triangle, ld
+// gram_ld(m); streams blocks of rows and uses all threads. `magnitude` receives the rows' root mean square norm.
+void gram_matrix(const RowSet& set, double* gram, double* magnitude);
+
+// Values and gradient matrices of one spectral function of up to kEigenLanes matrices, best of similar size.
+template <typename T>
+void spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, SpectralTarget<T>* targets,
+                        SpectralWorkspace& ws);
+
+// Effective rank of a large matrix, streamed: keeps the m x m float64 matrix of its gradient in `gradient`
+// (m = min(n, d), null: no gradient wanted) whatever the condition; returns the effective rank. `steep` tells
+// whether the product with `gradient` has to run in float64. `exact`: the values need full float64 accuracy.
+double streamed_effective_rank(const RowSet& set, bool exact, double* gradient, bool* steep,
+                               SpectralWorkspace& ws);
+
+}  // namespace dse::cpu
