@@ -7,14 +7,19 @@
 namespace dse::cpu {
 
 template <typename T>
-void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items) {
+void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const std::function<void()>& beside) {
   // Stable: the order of equal sizes, and with it the outcome, is fixed.
   std::stable_sort(items.begin(), items.end(),
                    [](const ClusterItem<T>& a, const ClusterItem<T>& b) { return a.n > b.n; });
   std::vector<SpectralWorkspace> workspaces(static_cast<size_t>(max_workers()));
   const auto total = static_cast<int64_t>(items.size());
-  for_each_task((total + kEigenLanes - 1) / kEigenLanes, [&](int64_t task, int64_t worker) {
-    const int64_t begin = task * kEigenLanes, count = std::min(total - begin, kEigenLanes);
+  const int64_t first = beside ? 1 : 0;
+  for_each_task(first + (total + kEigenLanes - 1) / kEigenLanes, [&](int64_t task, int64_t worker) {
+    if (task < first) {
+      beside();
+      return;
+    }
+    const int64_t begin = (task - first) * kEigenLanes, count = std::min(total - begin, kEigenLanes);
     RowSet sets[kEigenLanes];
     SpectralTarget<T> targets[kEigenLanes];
     for (int64_t i = 0; i < count; ++i) {
@@ -58,8 +63,8 @@ void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item,
   }
 }
 
-template void nuclear_norms<float>(const Features&, std::vector<ClusterItem<float>>&);
-template void nuclear_norms<double>(const Features&, std::vector<ClusterItem<double>>&);
+template void nuclear_norms<float>(const Features&, std::vector<ClusterItem<float>>&, const std::function<void()>&);
+template void nuclear_norms<double>(const Features&, std::vector<ClusterItem<double>>&, const std::function<void()>&);
 template void add_cluster_gradient<float>(const Features&, const ClusterGradientItem<float>&, int64_t, float*,
                                           ClusterGradientWorkspace<float>&);
 template void add_cluster_gradient<double>(const Features&, const ClusterGradientItem<double>&, int64_t, double*,

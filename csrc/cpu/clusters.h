@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "common/cluster_index.h"
@@ -35,9 +36,11 @@ void append_clusters(const ClusterIndex& index, int64_t k, int64_t d, T* slots, 
   }
 }
 
-// Largest clusters first, so that the last tasks to run are short.
+// Largest clusters first, so that the last tasks to run are short. `beside` is one more task, run by whichever
+// thread is first.
 template <typename T>
-void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items);
+void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items,
+                   const std::function<void()>& beside = nullptr);
 
 // accumulator row r (ld d, counted from `first_row`) += weight * gradient of the cluster's nuclear norm
 // with respect to its rows.

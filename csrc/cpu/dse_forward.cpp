@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <string>
@@ -84,9 +85,13 @@ class Forward {
     }
     label_locally(local_labels);
     label_globally(global_labels, global_centroids);
-    measure_clusters();
     double value[5];
-    value[3] = effective_rank();
+    if (p_.variant == Variant::kEvaluation) {
+      measure_clusters(nullptr);
+      value[3] = permuted_rank();
+    } else {
+      value[3] = rank_and_radii();
+    }
     value[4] = average_norm(x_, real_ + rows_.mean(), real_ + rows_.mean_direction());
     value[0] = inter_distance();
     value[1] = mean_local_radius();
@@ -208,7 +213,7 @@ class Forward {
     }
   }
 
-  void measure_clusters() {
+  void measure_clusters(const std::function<void()>& beside) {
     std::vector<ClusterItem<T>> items;
     T* local_slots = save_ ? static_cast<T*>(saved_local_.mutable_data_ptr()) : nullptr;
     T* global_slots = save_ ? static_cast<T*>(saved_global_.mutable_data_ptr()) : nullptr;
@@ -234,39 +239,43 @@ class Forward {
       add(global_, g, labels(global_labels_), p_.group_begin(g), p_.group_end(g) - p_.group_begin(g),
           global_slots, int_ + index_.global_form());
     }
-    nuclear_norms(x_, items);
+    nuclear_norms(x_, items, beside);
   }
 
-  double effective_rank() {
-    SpectralWorkspace ws;
-    constexpr bool kExact = sizeof(T) == 8;
-    auto* matrices = save_ ? static_cast<double*>(saved_dim_.mutable_data_ptr()) : nullptr;
-    int64_t* steep = int_ + index_.steep();
-    if (p_.variant != Variant::kEvaluation) {
-      bool is_steep = false;
-      const double rank = streamed_effective_rank({&x_, nullptr, 0, p_.rows(), false}, kExact, matrices, &is_steep, ws);
-      *steep = is_steep ? 1 : 0;
-      if (p_.variant == Variant::kPaper) return rank;
-      return rank / static_cast<double>(std::min(p_.rows(), p_.dim));
-    }
-    // Position j of the permuted images: one row of every image.
+  // Effective rank of all rows, around the clusters' nuclear norms: one thread decomposes the large Gram matrix
+  // while the others go through the clusters.
+  double rank_and_radii() {
+    StreamedRank rank;
+    rank.measure({&x_, nullptr, 0, p_.rows(), false});
+    measure_clusters([&] { rank.decompose(save_); });
+    bool steep = false;
+    const double value = rank.finish(kExact, save_ ? matrices() : nullptr, &steep);
+    int_[index_.steep()] = steep ? 1 : 0;
+    if (p_.variant == Variant::kPaper) return value;
+    return value / static_cast<double>(std::min(p_.rows(), p_.dim));
+  }
+
+  // Mean effective rank of the positions of the permuted images: one row of every image each.
+  double permuted_rank() {
     int64_t* permutation = int_ + index_.permutation();
+    int64_t* steep = int_ + index_.steep();
     permute_positions(permutation);
     const int64_t side = dim_side(p_);
-    std::vector<double> ranks(static_cast<size_t>(p_.positions));
-    std::vector<SpectralWorkspace> workspaces(static_cast<size_t>(max_workers()));
+    std::vector<double> values(static_cast<size_t>(p_.positions));
+    std::vector<StreamedRank> ranks(static_cast<size_t>(max_workers()));
     for_each_task(p_.positions, [&](int64_t j, int64_t worker) {
       bool is_steep = false;
-      ranks[static_cast<size_t>(j)] = streamed_effective_rank(
+      values[static_cast<size_t>(j)] = ranks[static_cast<size_t>(worker)].run(
           {&x_, permutation + j * p_.images, 0, p_.images, false}, kExact,
-          matrices != nullptr ? matrices + j * side * side : nullptr, &is_steep,
-          workspaces[static_cast<size_t>(worker)]);
+          save_ ? matrices() + j * side * side : nullptr, &is_steep);
       steep[j] = is_steep ? 1 : 0;
     });
     double total = 0.0;
-    for (const double rank : ranks) total += rank;
+    for (const double value : values) total += value;
     return total / static_cast<double>(p_.positions * std::min(p_.images, p_.dim));
   }
+
+  double* matrices() const { return static_cast<double*>(saved_dim_.mutable_data_ptr()); }
 
   // rows[j * B + b] = the row of image b that stands at position j after a random permutation of its positions
   // (Fisher and Yates).
@@ -371,6 +380,8 @@ class Forward {
   bool centroids_from_labels_ = false;
 
  private:
+  static constexpr bool kExact = sizeof(T) == 8;
+
   const Tensor& z_;
   Problem p_;
   uint64_t seed_;

@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, bool center, bool sa
   auto* rank_data = static_cast<T*>(ranks.mutable_data_ptr());
   auto* matrices = save ? static_cast<double*>(saved.mutable_data_ptr()) : nullptr;
   auto* forms = save ? static_cast<int64_t*>(form.mutable_data_ptr()) : nullptr;
-  std::vector<SpectralWorkspace> workspaces(static_cast<size_t>(max_workers()));
+  std::vector<StreamedRank> workers(static_cast<size_t>(max_workers()));
   const auto one = [&](int64_t p, int64_t worker) {
     if (!group_is_finite(features, p)) {
       rank_data[p] = std::numeric_limits<T>::quiet_NaN();
@@ -44,9 +44,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, bool center, bool sa
       return;
     }
     bool steep = false;
-    rank_data[p] = static_cast<T>(streamed_effective_rank({&features, nullptr, p * n, n, center}, sizeof(T) == 8,
-                                                          save ? matrices + p * side * side : nullptr, &steep,
-                                                          workspaces[static_cast<size_t>(worker)]));
+    rank_data[p] = static_cast<T>(workers[static_cast<size_t>(worker)].run(
+        {&features, nullptr, p * n, n, center}, sizeof(T) == 8, save ? matrices + p * side * side : nullptr, &steep));
     if (save) forms[p] = static_cast<int64_t>(steep ? RankForm::kSteep : RankForm::kPlain);
   };
   if (count >= max_workers()) {

@@ -162,6 +162,17 @@ DSE_MULTIVERSION void tn_product_upper(const double* a, int64_t lda, const doubl
   }
 }
 
+DSE_MULTIVERSION void panel_gram_upper(const double* panels, int64_t rows, double* c, int64_t ldc, int64_t i0,
+                                       int64_t i1, int64_t j0, int64_t j1) {
+  for (int64_t j = j0; j < j1; j += kPanel) {
+    const double* b = panels + j * rows;
+    const auto a = [&](int64_t i) { return panels + i / kPanel * kPanel * rows + i % kPanel; };
+    int64_t i = i0;
+    for (; i + 4 <= i1 && i < j + kPanel; i += 4) tn_tile<4>(a(i), kPanel, b, kPanel, rows, c + i * ldc + j, ldc);
+    for (; i < i1 && i < j + kPanel; ++i) tn_tile<1>(a(i), kPanel, b, kPanel, rows, c + i * ldc + j, ldc);
+  }
+}
+
 DSE_MULTIVERSION void load_run(DType dtype, const void* src, int64_t stride, int64_t n, double scale,
                                double* dst) {
   switch (dtype) {

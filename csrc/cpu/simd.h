@@ -34,6 +34,12 @@ inline int64_t gram_ld(int64_t n) { return (n + 11) / 12 * 12; }
 void tn_product_upper(const double* a, int64_t lda, const double* b, int64_t ldb, int64_t rows, double* c,
                       int64_t ldc, int64_t i0, int64_t i1, int64_t j0, int64_t j1);
 
+// The same for C += X^T X with X (rows x columns) in panels of 12 columns: element (r, j) is
+// panels[(j / 12) * rows * 12 + r * 12 + j % 12]. Every operand of a tile is contiguous, whatever the row length.
+inline constexpr int64_t kPanel = 12;
+void panel_gram_upper(const double* panels, int64_t rows, double* c, int64_t ldc, int64_t i0, int64_t i1,
+                      int64_t j0, int64_t j1);
+
 // Conversions of a strided run of n elements to double or float times `scale`.
 enum class DType : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
 void load_run(DType dtype, const void* src, int64_t stride, int64_t n, double scale, double* dst);

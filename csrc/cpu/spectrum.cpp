@@ -51,6 +51,18 @@ void transpose(const double* matrix, int64_t rows, int64_t cols, int64_t ld, dou
   for (int64_t f = 0; f < cols; ++f) std::fill(turned + f * ldt + rows, turned + (f + 1) * ldt, 0.0);
 }
 
+// Calls tile(i0, i1, j0, j1) for every tile of the upper triangle of an n x n matrix, in parallel.
+template <typename Tile>
+void for_each_upper_tile(int64_t n, int64_t work, const Tile& tile) {
+  const int64_t tiles = (n + kTile - 1) / kTile;
+  for_each_light_task(tiles * (tiles + 1) / 2, work, [&](int64_t task, int64_t) {
+    int64_t row = 0;
+    while (task >= tiles - row) task -= tiles - row++;
+    const int64_t column = row + task;
+    tile(row * kTile, std::min(n, (row + 1) * kTile), column * kTile, std::min(n, (column + 1) * kTile));
+  });
+}
+
 // out (m x m) = sum_r coefficient[r] v_r v_r^T for m eigenvectors, row-major; symmetric.
 void weighted_projector(const double* vectors, const double* coefficient, int64_t m, SpectralWorkspace& ws,
                         double* out, int64_t ldo) {
@@ -71,13 +83,8 @@ void weighted_projector(const double* vectors, const double* coefficient, int64_
     ++used;
   }
   for (int64_t i = 0; i < m; ++i) std::fill(out + i * ldo, out + (i + 1) * ldo, 0.0);
-  const int64_t tiles = (m + kTile - 1) / kTile;
-  for_each_light_task(tiles * (tiles + 1) / 2, m * m * used, [&](int64_t task, int64_t) {
-    int64_t row = 0;
-    while (task >= tiles - row) task -= tiles - row++;
-    const int64_t column = row + task;
-    tn_product_upper(left, ld, right, ld, used, out, ldo, row * kTile, std::min(m, (row + 1) * kTile),
-                     column * kTile, std::min(m, (column + 1) * kTile));
+  for_each_upper_tile(m, m * m * used / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+    tn_product_upper(left, ld, right, ld, used, out, ldo, i0, i1, j0, j1);
   });
   mirror_upper(out, m, ldo);
 }
@@ -165,24 +172,25 @@ void column_means(const RowSet& set, double* mean) {
 
 namespace {
 
-// Calls consume(block (rows x ld), rows) for consecutive blocks of centred rows; returns their root mean square
-// norm before centring.
-template <typename Consume>
-double stream_blocks(const RowSet& set, int64_t block_rows, int64_t ld, const Consume& consume) {
+// Calls put(block, i, row) for every centred row of a block of `block_rows` (in parallel), then consume(block,
+// rows), block after block; `block` has block_rows * ld elements. Returns the rows' root mean square norm before
+// centring.
+template <typename Put, typename Consume>
+double stream_blocks(const RowSet& set, int64_t block_rows, int64_t ld, const Put& put, const Consume& consume) {
   const int64_t d = set.x->dim, n = set.n;
-  Buffer<double> mean(d), block(block_rows * ld), norms(block_rows);
+  Buffer<double> mean(d), block(block_rows * ld), norms(block_rows), row_work(max_workers() * d);
   if (set.center) column_means(set, mean.data());
   double squares = 0.0;
   for (int64_t begin = 0; begin < n; begin += block_rows) {
     const int64_t rows = std::min(block_rows, n - begin);
     constexpr int64_t kRowsPerTask = 16;
-    for_each_light_task((rows + kRowsPerTask - 1) / kRowsPerTask, rows * d, [&](int64_t task, int64_t) {
+    for_each_light_task((rows + kRowsPerTask - 1) / kRowsPerTask, rows * d, [&](int64_t task, int64_t worker) {
+      double* row = row_work.data() + worker * d;
       for (int64_t i = task * kRowsPerTask; i < std::min(rows, (task + 1) * kRowsPerTask); ++i) {
-        double* row = block.data() + i * ld;
         set.x->load(set.index(begin + i), row);
-        std::fill(row + d, row + ld, 0.0);
         norms[i] = sum_of_squares(row, d);
         if (set.center) axpy(-1.0, mean.data(), row, d);
+        put(block.data(), rows, i, row);
       }
     });
     for (int64_t i = 0; i < rows; ++i) squares += norms[i];
@@ -191,25 +199,14 @@ double stream_blocks(const RowSet& set, int64_t block_rows, int64_t ld, const Co
   return std::sqrt(squares / static_cast<double>(n));
 }
 
-// c += a^T a over the upper triangle, tiles in parallel.
-void accumulate_gram(const double* a, int64_t lda, int64_t rows, int64_t n, double* c, int64_t ldc) {
-  const int64_t tiles = (n + kTile - 1) / kTile;
-  for_each_light_task(tiles * (tiles + 1) / 2, n * n * rows, [&](int64_t task, int64_t) {
-    int64_t row = 0;
-    while (task >= tiles - row) task -= tiles - row++;
-    const int64_t column = row + task;
-    tn_product_upper(a, lda, a, lda, rows, c, ldc, row * kTile, std::min(n, (row + 1) * kTile), column * kTile,
-                     std::min(n, (column + 1) * kTile));
-  });
-}
-
 // Triangular factor of a streamed matrix with n > d rows: QR of [R; next block] (a sequential tall-skinny QR,
 // Demmel et al. 2012), so that never more than a few blocks are in memory.
 void streamed_triangle(const RowSet& set, double* r) {
   const int64_t d = set.x->dim, ld = d, block_rows = std::max<int64_t>(d, kStreamRows);
   Buffer<double> stack((d + block_rows) * ld);
   int64_t height = 0;
-  stream_blocks(set, block_rows, ld, [&](const double* block, int64_t rows) {
+  const auto put = [&](double* block, int64_t, int64_t i, const double* row) { std::copy_n(row, d, block + i * ld); };
+  stream_blocks(set, block_rows, ld, put, [&](const double* block, int64_t rows) {
     std::copy_n(block, rows * ld, stack.data() + height * ld);
     const int64_t total = height + rows;
     if (total < d) {
@@ -228,15 +225,29 @@ void gram_matrix(const RowSet& set, double* gram, double* magnitude) {
   const int64_t d = set.x->dim, n = set.n, m = std::min(n, d), ldg = gram_ld(m);
   std::fill(gram, gram + m * ldg, 0.0);
   if (n > d) {
-    *magnitude = stream_blocks(set, kStreamRows, ldg, [&](const double* block, int64_t rows) {
-      accumulate_gram(block, ldg, rows, d, gram, ldg);
+    // A block of about 400 kB stays in a core's cache while all tiles pass over it.
+    const int64_t block_rows = std::clamp<int64_t>(49152 / ldg, 16, 512);
+    const auto put = [&](double* panels, int64_t rows, int64_t i, const double* row) {
+      for (int64_t f = 0; f < d; f += kPanel) {
+        double* out = panels + f * rows + i * kPanel;
+        const int64_t width = std::min(kPanel, d - f);
+        std::copy_n(row + f, width, out);
+        std::fill(out + width, out + kPanel, 0.0);
+      }
+    };
+    *magnitude = stream_blocks(set, block_rows, ldg, put, [&](const double* panels, int64_t rows) {
+      for_each_upper_tile(d, d * d * rows / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+        panel_gram_upper(panels, rows, gram, ldg, i0, i1, j0, j1);
+      });
     });
     return;
   }
   Buffer<double> matrix(n * d), turned(d * ldg);
   *magnitude = gather_rows(set, matrix.data(), d);
   transpose(matrix.data(), n, d, d, turned.data(), ldg);
-  accumulate_gram(turned.data(), ldg, d, n, gram, ldg);
+  for_each_upper_tile(n, n * n * d / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+    tn_product_upper(turned.data(), ldg, turned.data(), ldg, d, gram, ldg, i0, i1, j0, j1);
+  });
 }
 
 namespace {
@@ -391,55 +402,67 @@ template void spectral_functions<float>(const RowSet*, int64_t, SpectralKind, Sp
 template void spectral_functions<double>(const RowSet*, int64_t, SpectralKind, SpectralTarget<double>*,
                                          SpectralWorkspace&);
 
-double streamed_effective_rank(const RowSet& set, bool exact, double* gradient, bool* steep,
-                               SpectralWorkspace& ws) {
-  const int64_t d = set.x->dim, n = set.n, m = std::min(n, d), ldg = gram_ld(m);
-  double* gram = ws.gram[0].reserve(m * ldg);
+void StreamedRank::measure(const RowSet& set) {
+  set_ = set;
+  m_ = std::min(set.n, set.x->dim);
+  const int64_t ldg = gram_ld(m_);
+  double* gram = ws_.gram[0].reserve(m_ * ldg);
   double magnitude = 0.0;
   gram_matrix(set, gram, &magnitude);
-  const int64_t structural_null = count_null(gram, m, ldg, set.center && n <= d);
-  mirror_upper(gram, m, ldg);
-  const double floor = noise_floor(magnitude, n);
+  floor_ = noise_floor(magnitude, set.n);
+  null_ = count_null(gram, m_, ldg, set.center && set.n <= set.x->dim);
+  mirror_upper(gram, m_, ldg);
   double trace = 0.0;
-  for (int64_t i = 0; i < m; ++i) trace += gram[i * ldg + i];
-  if (!std::isfinite(trace)) {  // squares overflow: no number can be given
+  for (int64_t i = 0; i < m_; ++i) trace += gram[i * ldg + i];
+  finite_ = std::isfinite(trace);
+}
+
+void StreamedRank::decompose(bool want_gradient) {
+  if (!finite_) return;
+  double* values = ws_.spectrum[0].reserve(3 * m_);
+  symmetric_eigen(ws_.gram[0].data(), m_, gram_ld(m_), values,
+                  want_gradient ? ws_.vectors[0].reserve(m_ * m_) : nullptr);
+}
+
+double StreamedRank::finish(bool exact, double* gradient, bool* steep) {
+  const int64_t d = set_.x->dim, n = set_.n, ldg = gram_ld(m_);
+  *steep = false;
+  if (!finite_) {  // squares overflow: no number can be given
     const double nan = std::numeric_limits<double>::quiet_NaN();
-    *steep = false;
-    if (gradient != nullptr) std::fill_n(gradient, m * m, nan);
+    if (gradient != nullptr) std::fill_n(gradient, m_ * m_, nan);
     return nan;
   }
-  double* values = ws.spectrum[0].reserve(3 * m);
-  double* sigma = values + m;
-  double* weight = sigma + m;
-  double* vectors = gradient != nullptr ? ws.vectors[0].reserve(m * m) : nullptr;
-  symmetric_eigen(gram, m, ldg, values, vectors);
-  eigenvalues_to_sigma(values, m, structural_null, floor, sigma);
-  double result = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m, weight);
+  double* values = ws_.spectrum[0].data();
+  double* sigma = values + m_;
+  double* weight = sigma + m_;
+  const double* vectors = ws_.vectors[0].data();
+  eigenvalues_to_sigma(values, m_, null_, floor_, sigma);
+  double result = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m_, weight);
   *steep = (gradient != nullptr || exact) &&
-           is_steep(values, m, structural_null, floor, exact ? steep_ratio<double>() : steep_ratio<float>());
+           is_steep(values, m_, null_, floor_, exact ? steep_ratio<double>() : steep_ratio<float>());
   if (*steep) {
-    double* r = ws.factors.reserve(2 * m * std::max(m, d));
-    double* basis = r + m * std::max(m, d);  // m x m: left singular vectors (n <= d) or right ones, as rows
+    double* r = ws_.factors.reserve(m_ * d + m_ * m_);
+    double* basis = r + m_ * d;  // left singular vectors (n <= d) or right ones, as rows
     if (n <= d) {
-      Buffer<double> matrix(n * d), u(m * m);
-      gather_rows(set, matrix.data(), d);
+      Buffer<double> matrix(n * d), u(m_ * m_);
+      gather_rows(set_, matrix.data(), d);
       thin_svd(matrix.data(), n, d, d, u.data(), sigma, nullptr);
-      for (int64_t i = 0; i < m; ++i)
-        for (int64_t j = 0; j < m; ++j) basis[j * m + i] = u[i * m + j];
+      for (int64_t i = 0; i < m_; ++i)
+        for (int64_t j = 0; j < m_; ++j) basis[j * m_ + i] = u[i * m_ + j];
     } else {
-      streamed_triangle(set, r);
+      streamed_triangle(set_, r);
       thin_svd(r, d, d, d, nullptr, sigma, basis);
     }
-    std::fill(sigma + m - structural_null, sigma + m, 0.0);
-    cut_noise(sigma, m, n, d, floor);
-    const double exact_value = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m, weight);
+    std::fill(sigma + m_ - null_, sigma + m_, 0.0);
+    cut_noise(sigma, m_, n, d, floor_);
+    const double exact_value = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m_, weight);
     if (exact) result = exact_value;
     vectors = basis;
   }
   if (gradient == nullptr) return result;
-  for (int64_t i = 0; i < m; ++i) weight[i] = sigma[i] > 0.0 ? weight[i] / sigma[i] : 0.0;
-  weighted_projector(vectors, weight, m, ws, gram, ldg);
-  store_matrix(gram, m, m, ldg, gradient);
+  for (int64_t i = 0; i < m_; ++i) weight[i] = sigma[i] > 0.0 ? weight[i] / sigma[i] : 0.0;
+  weighted_projector(vectors, weight, m_, ws_, ws_.gram[0].data(), ldg);
+  store_matrix(ws_.gram[0].data(), m_, m_, ldg, gradient);
   return result;
 }
 

@@ -63,10 +63,30 @@ template <typename T>
 void spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, SpectralTarget<T>* targets,
                         SpectralWorkspace& ws);
 
-// Effective rank of a large matrix, streamed: keeps the m x m float64 matrix of its gradient in `gradient`
-// (m = min(n, d), null: no gradient wanted) whatever the condition; returns the effective rank. `steep` tells
-// whether the product with `gradient` has to run in float64. `exact`: the values need full float64 accuracy.
-double streamed_effective_rank(const RowSet& set, bool exact, double* gradient, bool* steep,
-                               SpectralWorkspace& ws);
+// Effective rank of a matrix that is not held in memory, in three steps: the Gram matrix (all threads, one pass
+// over the rows), its eigendecomposition (one thread, LAPACK: the caller may have other work for the others),
+// and the value with the m x m float64 matrix of its gradient, m = min(n, d).
+class StreamedRank {
+ public:
+  void measure(const RowSet& set);
+  void decompose(bool want_gradient);
+  // `exact`: the value needs full float64 accuracy. `gradient` may be null. `steep` receives whether products with
+  // the gradient's matrix have to run in float64.
+  double finish(bool exact, double* gradient, bool* steep);
+
+  // All three.
+  double run(const RowSet& set, bool exact, double* gradient, bool* steep) {
+    measure(set);
+    decompose(gradient != nullptr);
+    return finish(exact, gradient, steep);
+  }
+
+ private:
+  RowSet set_;
+  int64_t m_ = 0, null_ = 0;
+  double floor_ = 0.0;
+  bool finite_ = true;
+  SpectralWorkspace ws_;
+};
 
 }  // namespace dse::cpu
