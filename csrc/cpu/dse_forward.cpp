@@ -144,16 +144,11 @@ class Forward {
       return;
     }
     std::vector<KMeansWorkspace<T>> workspaces(static_cast<size_t>(max_workers()));
-    const auto one = [&](int64_t image, int64_t worker) {
+    for_each_problem(p_.images, p_.rows() * p_.dim * p_.local_clusters, [&](int64_t image, int64_t worker) {
       kmeans<T>(x_, image * p_.positions, p_.positions, p_.local_clusters, options_,
                 {seed_, RngPurpose::kLocalKMeans, static_cast<uint64_t>(image)},
                 workspaces[static_cast<size_t>(worker)], out + image * p_.positions, nullptr, false);
-    };
-    if (p_.images >= max_workers()) {
-      for_each_light_task(p_.images, p_.rows() * p_.dim * p_.local_clusters, one);
-    } else {  // few images: the threads share the rows of each
-      for (int64_t image = 0; image < p_.images; ++image) one(image, 0);
-    }
+    });
   }
 
   void label_globally(const std::optional<Tensor>& given, const std::optional<Tensor>& given_centroids) {
@@ -164,21 +159,22 @@ class Forward {
     std::fill_n(centroids, centroids_.numel(), absent);
     if (given) copy_labels(*given, out);
     if (given_centroids) copy_centroids(*given_centroids, centroids);
-    KMeansWorkspace<T> ws;
-    Buffer<double> fresh(k * d);
-    for (int64_t g = 0; g < p_.groups(); ++g) {
+    if (given) return;
+    std::vector<KMeansWorkspace<T>> workspaces(static_cast<size_t>(max_workers()));
+    Buffer<double> fresh(max_workers() * k * d);
+    for_each_problem(p_.groups(), p_.rows() * d * k, [&](int64_t g, int64_t worker) {
       const int64_t begin = p_.group_begin(g), n = p_.group_end(g) - begin;
       T* own = centroids + g * k * d;
-      if (!given && given_centroids) {
+      if (given_centroids) {
         assign_to_given(begin, n, own, out + begin);
-      } else if (!given) {
-        const int64_t clusters = std::min(k, n);
-        kmeans<T>(x_, begin, n, clusters, options_,
-                  {seed_, RngPurpose::kGlobalKMeans, static_cast<uint64_t>(g)}, ws, out + begin, fresh.data(),
-                  false);
-        for (int64_t i = 0; i < clusters * d; ++i) own[i] = static_cast<T>(fresh[i]);
+        return;
       }
-    }
+      const int64_t clusters = std::min(k, n);
+      double* wide = fresh.data() + worker * k * d;
+      kmeans<T>(x_, begin, n, clusters, options_, {seed_, RngPurpose::kGlobalKMeans, static_cast<uint64_t>(g)},
+                workspaces[static_cast<size_t>(worker)], out + begin, wide, false);
+      for (int64_t i = 0; i < clusters * d; ++i) own[i] = static_cast<T>(wide[i]);
+    });
   }
 
   void copy_centroids(const Tensor& given, T* centroids) {

@@ -34,7 +34,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, bool center, bool sa
   auto* matrices = save ? static_cast<double*>(saved.mutable_data_ptr()) : nullptr;
   auto* forms = save ? static_cast<int64_t*>(form.mutable_data_ptr()) : nullptr;
   std::vector<StreamedRank> workers(static_cast<size_t>(max_workers()));
-  const auto one = [&](int64_t p, int64_t worker) {
+  const int64_t work = count * n * features.dim * side;
+  for_each_problem(count, work, [&](int64_t p, int64_t worker) {
     if (!group_is_finite(features, p)) {
       rank_data[p] = std::numeric_limits<T>::quiet_NaN();
       if (save) {
@@ -47,12 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, bool center, bool sa
     rank_data[p] = static_cast<T>(workers[static_cast<size_t>(worker)].run(
         {&features, nullptr, p * n, n, center}, sizeof(T) == 8, save ? matrices + p * side * side : nullptr, &steep));
     if (save) forms[p] = static_cast<int64_t>(steep ? RankForm::kSteep : RankForm::kPlain);
-  };
-  if (count >= max_workers()) {
-    for_each_task(count, one);
-  } else {
-    for (int64_t p = 0; p < count; ++p) one(p, 0);
-  }
+  });
   return {ranks, saved, form};
 }
 

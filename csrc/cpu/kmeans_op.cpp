@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& x, int64_t k, uint64_t seed
   const bool all_finite = row_scales(features, false, scale.data());
   std::vector<KMeansWorkspace<T>> workspaces(static_cast<size_t>(max_workers()));
   Buffer<double> wide(max_workers() * k * d);
-  const auto one = [&](int64_t g, int64_t worker) {
+  for_each_problem(groups, groups * n * d * k, [&](int64_t g, int64_t worker) {
     double* own = wide.data() + worker * k * d;
     if (!all_finite && !group_is_finite(features, g)) {
       std::fill_n(centroid_data + g * k * d, k * d, std::numeric_limits<T>::quiet_NaN());
@@ -50,12 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& x, int64_t k, uint64_t seed
                                                workspaces[static_cast<size_t>(worker)], label_data + g * n, own,
                                                true));
     for (int64_t i = 0; i < k * d; ++i) centroid_data[g * k * d + i] = static_cast<T>(own[i]);
-  };
-  if (groups >= max_workers()) {
-    for_each_light_task(groups, groups * n * d * k, one);
-  } else {  // few groups: the threads share the rows of each
-    for (int64_t g = 0; g < groups; ++g) one(g, 0);
-  }
+  });
   return {centroids, labels, inertia};
 }
 

@@ -52,6 +52,17 @@ void for_each_light_task(int64_t n, int64_t work, const Fn& fn) {
 // Upper bound on the worker indices that for_each_task passes on.
 inline int64_t max_workers() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
+// fn(problem, worker) for independent problems: one after the other on each thread, or, where there are fewer
+// problems than threads, with all threads inside each.
+template <typename Fn>
+void for_each_problem(int64_t n, int64_t work, const Fn& fn) {
+  if (n >= max_workers()) {
+    for_each_light_task(n, work, fn);
+    return;
+  }
+  for (int64_t problem = 0; problem < n; ++problem) fn(problem, 0);
+}
+
 // A growing 64-byte-aligned array of T whose content is undefined after reserve().
 template <typename T>
 class Buffer {
