@@ -21,7 +21,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "common/problem.h"
+#include "cpu/arguments.h"
 #include "cpu/validate.h"
 #include "dse_build_config.h"
 
@@ -102,10 +102,6 @@ Tensor tensor_of(py::array array, const char* argument) {
                                   });
 }
 
-void require_positive(double value, const char* argument) {
-  if (!(value > 0.0)) cpu::reject(argument, " must be > 0, got ", value, ".");
-}
-
 Tensor features_of(const py::object& object, const char* argument, const char* axes) {
   const Tensor tensor = tensor_of(require_array(object, argument), argument);
   if (tensor.scalar_type() == ScalarType::Long) {
@@ -115,7 +111,8 @@ Tensor features_of(const py::object& object, const char* argument, const char* a
   return tensor;
 }
 
-Tensor labels_of(const py::object& object, int64_t rows, int64_t columns, int64_t k, const char* argument) {
+// Labels as int64, not yet checked further.
+Tensor labels_of(const py::object& object, const char* argument) {
   py::array array = require_array(object, argument);
   const char kind = array.dtype().kind();
   if (kind != 'i' && kind != 'u') {
@@ -123,9 +120,7 @@ Tensor labels_of(const py::object& object, int64_t rows, int64_t columns, int64_
                           ".");
   }
   array = array.attr("astype")("int64", py::arg("copy") = false).cast<py::array>();
-  const Tensor tensor = tensor_of(array, argument);
-  as_value_error([&] { cpu::require_labels(tensor, rows, columns, k, argument); });
-  return tensor;
+  return tensor_of(array, argument);
 }
 
 Tensor seed_tensor(int64_t seed) { return tensor_of(py::array_t<int64_t>(1, &seed), "seed"); }
@@ -183,38 +178,15 @@ py::dict dse_components(const py::object& array, const std::string& variant, int
                         int64_t max_kmeans_iters, double tol, int64_t seed, const py::object& local_labels,
                         const py::object& global_labels, const py::object& global_centroids) {
   const Tensor z = features_of(array, "array", "(images, positions, features)");
-  Variant parsed;
-  if (!parse_variant(variant, &parsed)) {
-    throw py::value_error("variant must be 'regularizer', 'evaluation' or 'paper', got '" + variant + "'.");
-  }
-  as_value_error([&] {
-    cpu::require_at_least(local_clusters, 1, "local_clusters");
-    cpu::require_at_least(global_clusters, 1, "global_clusters");
-    cpu::require_at_least(max_kmeans_iters, 1, "max_kmeans_iters");
-    require_positive(tol, "tol");
-    if (group_images) cpu::require_at_least(*group_images, 1, "group_images");
-  });
-  const int64_t images = z.size(0), positions = z.size(1);
-  const int64_t group =
-      std::min(images, group_images.value_or(std::max<int64_t>(global_clusters / local_clusters, 1)));
-  const int64_t groups = (images + group - 1) / group;
-  const int64_t clusters = std::min(global_clusters, group * positions);
   std::optional<Tensor> local, global, centroids;
-  if (!local_labels.is_none()) {
-    local = labels_of(local_labels, images, positions, std::min(local_clusters, positions), "local_labels");
-  }
-  if (!global_labels.is_none()) {
-    global = labels_of(global_labels, images, positions, clusters, "global_labels");
-  }
-  if (!global_centroids.is_none()) {
-    centroids = features_of(global_centroids, "global_centroids", "(groups, clusters, features)");
-    if (centroids->size(0) != groups || centroids->size(1) != clusters || centroids->size(2) != z.size(2)) {
-      as_value_error([&] {
-        cpu::reject("global_centroids must have shape (", groups, ", ", clusters, ", ", z.size(2), "), got ",
-                    cpu::shape_of(*centroids), ".");
-      });
-    }
-  }
+  if (!local_labels.is_none()) local = labels_of(local_labels, "local_labels");
+  if (!global_labels.is_none()) global = labels_of(global_labels, "global_labels");
+  if (!global_centroids.is_none()) centroids = features_of(global_centroids, "global_centroids", nullptr);
+  as_value_error([&] {
+    Problem problem = cpu::make_problem(z, variant, local_clusters, global_clusters, group_images, normalize);
+    cpu::require_kmeans_options(max_kmeans_iters, tol, "max_kmeans_iters");
+    cpu::apply_given(problem, local, global, centroids);
+  });
   constexpr size_t kComponents = 8, kSaved = 5;
   const auto outputs = call<kComponents + kSaved>(
       "dse_ext::dse_components", z, seed_tensor(seed), variant, local_clusters, global_clusters, group_images,
@@ -231,8 +203,7 @@ py::tuple kmeans(const py::object& array, int64_t k, int64_t max_iters, double t
   const Tensor x = features_of(array, "array", "(problems, rows, features)");
   as_value_error([&] {
     cpu::require_at_least(k, 1, "k");
-    cpu::require_at_least(max_iters, 1, "max_iters");
-    require_positive(tol, "tol");
+    cpu::require_kmeans_options(max_iters, tol, "max_iters");
   });
   const auto outputs = call<3>("dse_ext::kmeans", x, k, seed_tensor(seed), max_iters, tol);
   return py::make_tuple(array_of(outputs[0]), array_of(outputs[1]), array_of(outputs[2]));
@@ -240,8 +211,11 @@ py::tuple kmeans(const py::object& array, int64_t k, int64_t max_iters, double t
 
 py::object cluster_nuclear_norms(const py::object& array, const py::object& labels, int64_t k) {
   const Tensor x = features_of(array, "array", "(problems, rows, features)");
-  as_value_error([&] { cpu::require_at_least(k, 1, "k"); });
-  const Tensor label = labels_of(labels, x.size(0), x.size(1), k, "labels");
+  const Tensor label = labels_of(labels, "labels");
+  as_value_error([&] {
+    cpu::require_at_least(k, 1, "k");
+    cpu::require_labels(label, x.size(0), x.size(1), k, "labels");
+  });
   const auto outputs = call<3>("dse_ext::cluster_nuclear_norms", x, label, k, /*save_for_backward=*/false);
   return array_of(outputs[0]);
 }

@@ -1,8 +1,8 @@
-"""dse_ext: the Dense representation Structure Estimator (DSE) as fast, differentiable torch operators.
+"""The Dense representation Structure Estimator (DSE) as fast, differentiable torch operators.
 
-``import dse_ext`` loads ``torch.ops.dse_ext.*`` and needs torch and NumPy alone. What builds on other
-packages (``DSEMetric`` on torchmetrics; ``dse_ext.ssl``, ``dse_ext.data``, ``dse_ext.probes``) is
-loaded when it is asked for.
+``import dse_ext`` loads ``torch.ops.dse_ext.*`` and needs torch and NumPy alone. What builds on
+other packages (``DSEMetric`` on torchmetrics; ``dse_ext.ssl``, ``dse_ext.data``,
+``dse_ext.probes``) is loaded when it is asked for.
 """
 
 from __future__ import annotations

@@ -90,9 +90,7 @@ def _require_features(x: Tensor, name: str, axes: str) -> None:
 
 def _require_dtype_and_size(x: Tensor, name: str) -> None:
     if x.dtype not in _FLOATS:
-        raise ValueError(
-            f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}."
-        )
+        raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}.")
     if 0 in x.shape:
         raise ValueError(f"{name} must have no empty axis, got shape {tuple(x.shape)}.")
 
@@ -125,17 +123,13 @@ def _as_labels(
 
 def _require_device(x: Tensor, name: str, like: Tensor) -> None:
     if x.device != like.device:
-        raise ValueError(
-            f"{name} must be on the features' device ({like.device}), got {x.device}."
-        )
+        raise ValueError(f"{name} must be on the features' device ({like.device}), got {x.device}.")
 
 
 def _draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     """A fresh seed as a tensor on ``device``: no host synchronization, and redrawn by graphs."""
     if generator is None or generator.device == device:
-        return torch.randint(
-            2**63 - 1, (), dtype=torch.int64, device=device, generator=generator
-        )
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device, generator=generator)
     drawn = torch.randint(
         2**63 - 1, (), dtype=torch.int64, device=generator.device, generator=generator
     )

@@ -67,7 +67,8 @@ def _(
         group_images = max(global_clusters // local_clusters, 1)
     group = torch.sym_min(group_images, images)
     groups = (images + group - 1) // group
-    k_local, k_global = local_clusters, global_clusters
+    k_local: int | torch.SymInt = local_clusters
+    k_global: int | torch.SymInt = global_clusters
     if local_labels is None:
         k_local = torch.sym_min(local_clusters, positions)
     if global_centroids is not None:
@@ -231,9 +232,7 @@ def _rank_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     return grad_x, None, None
 
 
-torch.library.register_autograd(
-    "dse_ext::dse_components", _dse_backward, setup_context=_dse_setup
-)
+torch.library.register_autograd("dse_ext::dse_components", _dse_backward, setup_context=_dse_setup)
 torch.library.register_autograd(
     "dse_ext::cluster_nuclear_norms", _norms_backward, setup_context=_norms_setup
 )

@@ -94,8 +94,7 @@ void symmetric_eigen(const double* g, int64_t n, int64_t ld, double* values, dou
     return;
   }
   std::array<StableIValue, 2> stack{from(matrix), from(std::string("U"))};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linalg_eigh", "", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linalg_eigh", "", stack.data(), TORCH_ABI_VERSION));
   copy_vector(to<Tensor>(stack[0]), values);
   const Tensor columns = to<Tensor>(stack[1]);
   const auto* src = static_cast<const double*>(columns.const_data_ptr());
@@ -108,8 +107,7 @@ void thin_svd(const double* a, int64_t m, int64_t n, int64_t ld, double* u, doub
   const SerialMath serial;
   const Tensor matrix = wrap(a, m, n, ld, 1, ScalarType::Double);
   std::array<StableIValue, 3> stack{from(matrix), from(false), from(std::optional<std::string>())};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linalg_svd", "", stack.data(), TORCH_ABI_VERSION));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linalg_svd", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor tu = to<Tensor>(stack[0]);
   const Tensor ts = to<Tensor>(stack[1]);
   const Tensor tv = to<Tensor>(stack[2]);

@@ -14,7 +14,12 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
   std::vector<SpectralWorkspace> workspaces(static_cast<size_t>(max_workers()));
   const auto total = static_cast<int64_t>(items.size());
   const int64_t first = beside ? 1 : 0;
-  for_each_task(first + (total + kEigenLanes - 1) / kEigenLanes, [&](int64_t task, int64_t worker) {
+  int64_t work = beside ? x.dim * x.dim * x.dim : 0;
+  for (const auto& item : items) {
+    const int64_t side = std::min(item.n, x.dim);
+    work += item.n * x.dim * side + 8 * side * side * side;
+  }
+  for_each_task(first + (total + kEigenLanes - 1) / kEigenLanes, work, [&](int64_t task, int64_t worker) {
     if (task < first) {
       beside();
       return;
@@ -27,7 +32,8 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
       sets[i] = {&x, item.rows, 0, item.n, true};
       targets[i].slot = item.slot;
     }
-    spectral_functions<T>(sets, count, SpectralKind::kNuclearNorm, targets, workspaces[static_cast<size_t>(worker)]);
+    spectral_functions<T>(sets, count, SpectralKind::kNuclearNorm, targets,
+                          workspaces[static_cast<size_t>(worker)]);
     for (int64_t i = 0; i < count; ++i) {
       const ClusterItem<T>& item = items[static_cast<size_t>(begin + i)];
       *item.norm = targets[i].value;
@@ -37,8 +43,8 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
 }
 
 template <typename T>
-void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item, int64_t first_row, T* accumulator,
-                          ClusterGradientWorkspace<T>& ws) {
+void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item, int64_t first_row,
+                          T* accumulator, ClusterGradientWorkspace<T>& ws) {
   if (item.form == SavedForm::kNone || item.weight == 0.0) return;
   const int64_t d = x.dim, n = item.n;
   const T* product = item.slot;
@@ -63,8 +69,10 @@ void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item,
   }
 }
 
-template void nuclear_norms<float>(const Features&, std::vector<ClusterItem<float>>&, const std::function<void()>&);
-template void nuclear_norms<double>(const Features&, std::vector<ClusterItem<double>>&, const std::function<void()>&);
+template void nuclear_norms<float>(const Features&, std::vector<ClusterItem<float>>&,
+                                   const std::function<void()>&);
+template void nuclear_norms<double>(const Features&, std::vector<ClusterItem<double>>&,
+                                    const std::function<void()>&);
 template void add_cluster_gradient<float>(const Features&, const ClusterGradientItem<float>&, int64_t, float*,
                                           ClusterGradientWorkspace<float>&);
 template void add_cluster_gradient<double>(const Features&, const ClusterGradientItem<double>&, int64_t, double*,

@@ -16,9 +16,9 @@ template <typename T>
 struct ClusterItem {
   const int64_t* rows;
   int64_t n;
-  T* slot;         // n * d elements for the gradient's matrix, or null
-  double* norm;    // receives ||H X_c||_*
-  int64_t* form;   // receives the SavedForm, or null
+  T* slot;        // n * d elements for the gradient's matrix, or null
+  double* norm;   // receives ||H X_c||_*
+  int64_t* form;  // receives the SavedForm, or null
 };
 
 // Appends the clusters of at least two rows of one group; the others get norm 0 and no slot. `slots` holds d
@@ -60,7 +60,7 @@ struct ClusterGradientWorkspace {
 };
 
 template <typename T>
-void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item, int64_t first_row, T* accumulator,
-                          ClusterGradientWorkspace<T>& ws);
+void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item, int64_t first_row,
+                          T* accumulator, ClusterGradientWorkspace<T>& ws);
 
 }  // namespace dse::cpu

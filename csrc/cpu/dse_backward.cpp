@@ -12,6 +12,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu/arguments.h"
 #include "cpu/aten.h"
 #include "cpu/clusters.h"
 #include "cpu/dse_state.h"
@@ -124,13 +125,11 @@ class Backward {
     return terms;
   }
 
-  static constexpr int64_t kRankRows = 128;
+  static constexpr int64_t kRankRows = 392;
 
   // The saved matrix stands on the side of the rows (M X) rather than of the features (X M): there are no more
   // rows than features in the matrix whose rank was measured, of which a group may be a part.
-  bool rows_side() const {
-    return (p_.variant == Variant::kEvaluation ? p_.images : p_.rows()) <= p_.dim;
-  }
+  bool rows_side() const { return (p_.variant == Variant::kEvaluation ? p_.images : p_.rows()) <= p_.dim; }
 
   // Adds rank_ * M X or rank_ * X M for the rows X of `set` to rows of `accumulator`.
   template <typename C>
@@ -146,14 +145,15 @@ class Backward {
         for (int64_t f = 0; f < d; ++f) x[i * d + f] = static_cast<C>(row[f]);
       }
       matmul(product.data(), {matrix.data(), n, n, n, 1}, {x.data(), n, d, d, 1}, product.data(), d);
-      for (int64_t i = 0; i < n; ++i) add_scaled(product.data() + i * d, accumulator + (set.index(i) - first_row) * d);
+      for (int64_t i = 0; i < n; ++i)
+        add_scaled(product.data() + i * d, accumulator + (set.index(i) - first_row) * d);
       return;
     }
     const int64_t tasks = (n + kRankRows - 1) / kRankRows;
     const int64_t share = kRankRows * d;
     Buffer<C> work(max_workers() * 2 * share);
     Buffer<double> row_work(max_workers() * d);
-    for_each_task(tasks, [&](int64_t task, int64_t worker) {
+    for_each_task(tasks, n * d * d, [&](int64_t task, int64_t worker) {
       C* x = work.data() + worker * 2 * share;
       C* product = x + share;
       double* row = row_work.data() + worker * d;
@@ -174,7 +174,8 @@ class Backward {
     for (int64_t f = 0; f < p_.dim; ++f) dst[f] += static_cast<T>(scale * src[f]);
   }
 
-  void rank_gradient_of(const RowSet& set, const double* saved, bool steep, T* accumulator, int64_t first_row) const {
+  void rank_gradient_of(const RowSet& set, const double* saved, bool steep, T* accumulator,
+                        int64_t first_row) const {
     // A steep spectrum leaves small differences of large terms, which only float64 keeps; so do features (without
     // normalization) whose inverse squares leave the range of float32.
     const int64_t side = dim_side(p_);
@@ -193,7 +194,7 @@ class Backward {
     T* all = all_rows_.reserve_zeroed(p_.rows() * p_.dim);
     if (rank_ == 0.0) return;
     // Every row stands at one position only: positions are independent.
-    for_each_task(p_.positions, [&](int64_t j, int64_t) {
+    for_each_task(p_.positions, p_.rows() * p_.dim * side, [&](int64_t j, int64_t) {
       const RowSet set{&x_, int_ + index_at_.permutation() + j * p_.images, 0, p_.images, false};
       rank_gradient_of(set, saved_dim_ + j * side * side, int_[index_at_.steep() + j] != 0, all, 0);
     });
@@ -243,7 +244,9 @@ class Backward {
     };
     std::vector<ClusterGradientWorkspace<T>> workspaces(static_cast<size_t>(max_workers()));
     const auto run = [&] {
-      for_each_task(static_cast<int64_t>(items.size()), [&](int64_t task, int64_t worker) {
+      int64_t work = 0;
+      for (const auto& item : items) work += item.n * d * std::min(item.n, d);
+      for_each_task(static_cast<int64_t>(items.size()), work, [&](int64_t task, int64_t worker) {
         add_cluster_gradient(x_, items[static_cast<size_t>(task)], first_row, sum,
                              workspaces[static_cast<size_t>(worker)]);
       });
@@ -273,7 +276,7 @@ class Backward {
     const ClusterIndex& index = global_[static_cast<size_t>(g)];
     constexpr int64_t kRows = 32;
     Buffer<double> work(max_workers() * 2 * d);
-    for_each_light_task((n + kRows - 1) / kRows, 4 * n * d, [&](int64_t task, int64_t worker) {
+    for_each_task((n + kRows - 1) / kRows, 32 * n * d, [&](int64_t task, int64_t worker) {
       double* x = work.data() + worker * 2 * d;
       double* grad = x + d;
       for (int64_t i = begin + task * kRows; i < std::min(end, begin + (task + 1) * kRows); ++i) {
@@ -350,15 +353,17 @@ Tensor dse_components_backward(const Tensor& grad_components, const Tensor& z, c
                                const Tensor& saved_local, const Tensor& saved_global, const Tensor& saved_dim,
                                const Tensor& saved_rows, const Tensor& saved_index, std::string variant,
                                int64_t local_clusters, int64_t group_images, bool normalize) {
-  const Problem p =
-      make_problem(z, variant, local_clusters, std::max<int64_t>(global_centroids.size(1), 1), group_images, normalize);
+  const Problem p = make_problem(z, variant, local_clusters, std::max<int64_t>(global_centroids.size(1), 1),
+                                 group_images, normalize);
   require_cpu(grad_components, "grad_components");
-  if (grad_components.numel() != 5) reject("grad_components must have 5 entries, got shape ", shape_of(grad_components), ".");
+  if (grad_components.numel() != 5)
+    reject("grad_components must have 5 entries, got shape ", shape_of(grad_components), ".");
   if (saved_rows.numel() != SavedRows(p).size() || saved_index.numel() != SavedIndex(p).size()) {
     reject("saved_rows and saved_index do not belong to these features.");
   }
-  const Upstream upstream{scalar_at(grad_components, 0), scalar_at(grad_components, 1), scalar_at(grad_components, 2),
-                          scalar_at(grad_components, 3), scalar_at(grad_components, 4)};
+  const Upstream upstream{scalar_at(grad_components, 0), scalar_at(grad_components, 1),
+                          scalar_at(grad_components, 2), scalar_at(grad_components, 3),
+                          scalar_at(grad_components, 4)};
   const auto compute = [&](auto tag) {
     return Backward<decltype(tag)>(z, p, upstream, local_labels, global_labels, global_centroids, saved_local,
                                    saved_global, saved_dim, saved_rows, saved_index)

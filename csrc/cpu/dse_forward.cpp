@@ -16,6 +16,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "common/rng.h"
+#include "cpu/arguments.h"
 #include "cpu/clusters.h"
 #include "cpu/dse_state.h"
 #include "cpu/kmeans.h"
@@ -47,13 +48,7 @@ template <typename T>
 class Forward {
  public:
   Forward(const Tensor& z, Problem problem, uint64_t seed, KMeansOptions options, bool save)
-      : z_(z),
-        p_(problem),
-        seed_(seed),
-        options_(options),
-        x_(Features::of(z, "z")),
-        rows_(p_),
-        index_(p_) {
+      : z_(z), p_(problem), seed_(seed), options_(options), x_(Features::of(z, "z")), rows_(p_), index_(p_) {
     const ScalarType real = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
     for (Tensor& component : components_) component = empty(z, {}, real);
     local_labels_ = empty(z, {p_.images, p_.positions}, ScalarType::Long);
@@ -78,6 +73,7 @@ class Forward {
                  const std::optional<Tensor>& global_centroids) {
     const bool finite = row_scales(x_, p_.normalize, real_ + rows_.scale());
     x_.row_scale = real_ + rows_.scale();
+    x_.unit_rows = p_.normalize;
     int_[index_.finite()] = finite ? 1 : 0;
     if (!finite) {
       poison();
@@ -114,7 +110,9 @@ class Forward {
             saved_dim_,     saved_rows_,    saved_index_};
   }
 
-  static void write_scalar(Tensor& t, double value) { *static_cast<T*>(t.mutable_data_ptr()) = static_cast<T>(value); }
+  static void write_scalar(Tensor& t, double value) {
+    *static_cast<T*>(t.mutable_data_ptr()) = static_cast<T>(value);
+  }
   int64_t* labels(Tensor& t) const { return static_cast<int64_t*>(t.mutable_data_ptr()); }
 
   // Features that are not finite: everything is NaN, labels are zero.
@@ -184,12 +182,14 @@ class Forward {
     const auto bytes = static_cast<int64_t>(given.element_size());
     Buffer<double> row(d);
     for (int64_t g = 0; g < p_.groups(); ++g) {
-      // A last group that is smaller may have fewer rows than clusters: what lies beyond is padding.
       const int64_t rows = p_.group_end(g) - p_.group_begin(g);
-      const int64_t present = rows < p_.group_images * p_.positions ? std::min(k, rows) : k;
-      for (int64_t c = 0; c < present; ++c) {
+      for (int64_t c = 0; c < k; ++c) {
         load_run(type, data + bytes * (g * given.stride(0) + c * given.stride(1)), given.stride(2), d, 1.0,
                  row.data());
+        // A smaller last group may have fewer rows than clusters; zeros beyond them are padding.
+        const bool padding =
+            c >= rows && rows < p_.group_images * p_.positions && sum_of_squares(row.data(), d) == 0.0;
+        if (padding) continue;
         for (int64_t f = 0; f < d; ++f) centroids[(g * k + c) * d + f] = static_cast<T>(row[f]);
       }
     }
@@ -259,11 +259,11 @@ class Forward {
     const int64_t side = dim_side(p_);
     std::vector<double> values(static_cast<size_t>(p_.positions));
     std::vector<StreamedRank> ranks(static_cast<size_t>(max_workers()));
-    for_each_task(p_.positions, [&](int64_t j, int64_t worker) {
+    for_each_task(p_.positions, p_.rows() * p_.dim * side, [&](int64_t j, int64_t worker) {
       bool is_steep = false;
-      values[static_cast<size_t>(j)] = ranks[static_cast<size_t>(worker)].run(
-          {&x_, permutation + j * p_.images, 0, p_.images, false}, kExact,
-          save_ ? matrices() + j * side * side : nullptr, &is_steep);
+      values[static_cast<size_t>(j)] =
+          ranks[static_cast<size_t>(worker)].run({&x_, permutation + j * p_.images, 0, p_.images, false}, kExact,
+                                                 save_ ? matrices() + j * side * side : nullptr, &is_steep);
       steep[j] = is_steep ? 1 : 0;
     });
     double total = 0.0;
@@ -276,7 +276,7 @@ class Forward {
   // rows[j * B + b] = the row of image b that stands at position j after a random permutation of its positions
   // (Fisher and Yates).
   void permute_positions(int64_t* rows) {
-    for_each_light_task(p_.images, 100 * p_.rows(), [&](int64_t b, int64_t) {
+    for_each_task(p_.images, 100 * p_.rows(), [&](int64_t b, int64_t) {
       const RngStream rng{seed_, RngPurpose::kPermutation, static_cast<uint64_t>(b)};
       std::vector<int64_t> order(static_cast<size_t>(p_.positions));
       for (size_t j = 0; j < order.size(); ++j) order[j] = b * p_.positions + static_cast<int64_t>(j);
@@ -331,7 +331,7 @@ class Forward {
   void label_means(const ClusterIndex& index, T* centroids) {
     const int64_t d = p_.dim;
     Buffer<double> means(max_workers() * d);
-    for_each_light_task(p_.global_clusters, index.offset.back() * d, [&](int64_t c, int64_t worker) {
+    for_each_task(p_.global_clusters, index.offset.back() * d, [&](int64_t c, int64_t worker) {
       if (index.size(c) == 0) return;
       double* mean = means.data() + worker * d;
       column_means({&x_, index.rows(c), 0, index.size(c), false}, mean);
@@ -398,52 +398,16 @@ class Forward {
 
 }  // namespace
 
-Problem make_problem(const Tensor& z, const std::string& variant, int64_t local_clusters, int64_t global_clusters,
-                     std::optional<int64_t> group_images, bool normalize) {
-  require_features(z, "z", "(B, N, d)");
-  dtype_of(z, "z");
-  Problem p;
-  p.images = z.size(0);
-  p.positions = z.size(1);
-  p.dim = z.size(2);
-  if (!parse_variant(variant, &p.variant)) {
-    reject("variant must be 'regularizer', 'evaluation' or 'paper', got '", variant, "'.");
-  }
-  require_at_least(local_clusters, 1, "local_clusters");
-  require_at_least(global_clusters, 1, "global_clusters");
-  p.group_images = group_images.value_or(std::max<int64_t>(global_clusters / local_clusters, 1));
-  require_at_least(p.group_images, 1, "group_images");
-  p.group_images = std::min(p.group_images, p.images);
-  p.local_clusters = local_clusters;
-  p.global_clusters = global_clusters;
-  p.normalize = normalize;
-  return p;
-}
-
 DseOutputs dse_components(const Tensor& z, const Tensor& seed, std::string variant, int64_t local_clusters,
                           int64_t global_clusters, std::optional<int64_t> group_images, bool normalize,
                           int64_t max_kmeans_iters, double tol, std::optional<Tensor> local_labels,
                           std::optional<Tensor> global_labels, std::optional<Tensor> global_centroids,
                           bool save_for_backward) {
   Problem p = make_problem(z, variant, local_clusters, global_clusters, group_images, normalize);
-  require_at_least(max_kmeans_iters, 1, "max_kmeans_iters");
-  if (!(tol > 0.0)) reject("tol must be > 0, got ", tol, ".");
-  // k-means finds no more clusters than there are rows; given labels may name more.
-  if (!local_labels) p.local_clusters = std::min(local_clusters, p.positions);
-  if (global_centroids) {
-    const Tensor& c = *global_centroids;
-    require_cpu(c, "global_centroids");
-    dtype_of(c, "global_centroids");
-    if (c.dim() != 3 || c.size(0) != p.groups() || c.size(1) < 1 || c.size(2) != p.dim) {
-      reject("global_centroids must have shape (", p.groups(), ", k, ", p.dim, ") with k >= 1, got ", shape_of(c),
-             ".");
-    }
-    p.global_clusters = c.size(1);
-  } else if (!global_labels) {
-    p.global_clusters = std::min(global_clusters, p.group_images * p.positions);
-  }
-  if (local_labels) require_labels(*local_labels, p.images, p.positions, p.local_clusters, "local_labels");
-  if (global_labels) require_labels(*global_labels, p.images, p.positions, p.global_clusters, "global_labels");
+  dtype_of(z, "z");
+  require_kmeans_options(max_kmeans_iters, tol, "max_kmeans_iters");
+  if (global_centroids) dtype_of(*global_centroids, "global_centroids");
+  apply_given(p, local_labels, global_labels, global_centroids);
   const uint64_t seed_number = seed_value(seed);
   const auto compute = [&](auto tag) {
     Forward<decltype(tag)> forward(z, p, seed_number, {max_kmeans_iters, tol}, save_for_backward);

@@ -45,8 +45,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, bool center, bool sa
       return;
     }
     bool steep = false;
-    rank_data[p] = static_cast<T>(workers[static_cast<size_t>(worker)].run(
-        {&features, nullptr, p * n, n, center}, sizeof(T) == 8, save ? matrices + p * side * side : nullptr, &steep));
+    rank_data[p] = static_cast<T>(
+        workers[static_cast<size_t>(worker)].run({&features, nullptr, p * n, n, center}, sizeof(T) == 8,
+                                                 save ? matrices + p * side * side : nullptr, &steep));
     if (save) forms[p] = static_cast<int64_t>(steep ? RankForm::kSteep : RankForm::kPlain);
   });
   return {ranks, saved, form};
@@ -134,7 +135,8 @@ Tensor effective_rank_backward(const Tensor& grad, const Tensor& x, const Tensor
   const Tensor matrices = as_matrices(x);
   require_cpu(grad, "grad");
   const int64_t count = matrices.size(0), side = std::min(matrices.size(1), matrices.size(2));
-  if (grad.numel() != count) reject("grad must have one entry a matrix (", count, "), got shape ", shape_of(grad), ".");
+  if (grad.numel() != count)
+    reject("grad must have one entry a matrix (", count, "), got shape ", shape_of(grad), ".");
   if (saved.numel() != count * side * side || saved_form.numel() != count) {
     reject("saved and saved_form do not belong to these features.");
   }

@@ -153,8 +153,7 @@ DSE_INLINE bool ql_iterate(int64_t n, V* d, V* e, V* z, V* cosine, V* sine) {
       int64_t m[4], furthest = l;
       for (int lane = 0; lane < 4; ++lane) {
         int64_t at = l;
-        while (at + 1 < n &&
-               std::abs(e[at][lane]) > kEps * (std::abs(d[at][lane]) + std::abs(d[at + 1][lane])))
+        while (at + 1 < n && std::abs(e[at][lane]) > kEps * (std::abs(d[at][lane]) + std::abs(d[at + 1][lane])))
           ++at;
         m[lane] = at;
         furthest = std::max(furthest, at);
@@ -244,7 +243,8 @@ bool symmetric_eigen4(int64_t count, const double* const* matrices, const int64_
       for (int64_t j = 0; j <= i; ++j)
         a[(i * side + j) * kEigenLanes + lane] = matrices[lane][i * ld[lane] + j] * scale[lane];
   }
-  if (!decompose(side, reinterpret_cast<V*>(a), reinterpret_cast<V*>(z), reinterpret_cast<V*>(work))) return false;
+  if (!decompose(side, reinterpret_cast<V*>(a), reinterpret_cast<V*>(z), reinterpret_cast<V*>(work)))
+    return false;
 
   std::vector<int64_t> order;
   for (int64_t lane = 0; lane < count; ++lane) {

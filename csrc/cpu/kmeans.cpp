@@ -1,4 +1,4 @@
-// k-means in centred, scaled coordinates: subtracting the mean of the rows keeps the differences between
+// k-means in centred, scaled coordinates: subtracting a mean of the rows keeps the differences between
 // collapsing features, and dividing by their largest deviation keeps squares inside float32's range.
 //
 // Distances are compared as ||c||^2 / 2 - <x, c>: one register-blocked product of rows and centroids. Centroid
@@ -18,47 +18,49 @@ constexpr int64_t kSlab = 64;  // columns of the centroid sums that one task upd
 
 int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
-// points = (x - mean) / scale, rounded to T; remembers mean and scale.
+// points = (x - shift) / scale, rounded to T; remembers shift and scale.
 template <typename T>
 void load_points(const Features& x, int64_t first, int64_t n, KMeansWorkspace<T>& ws) {
   const int64_t d = x.dim, ld = ws.ld, blocks = blocks_of(n, kBlockRows);
   double* shift = ws.shift.reserve(d);
-  double* partial = ws.sums.reserve((blocks + 1) * ld);
-  double* extent = ws.row.reserve(blocks * ld + blocks);
-  double* largest = extent + blocks * ld;
-  // The first row is taken off before summing, so that equal rows have exactly their own value as the mean.
-  double* origin = partial + blocks * ld;
-  x.load(first, origin);
-  for_each_light_task(blocks, n * ld, [&](int64_t b, int64_t) {
-    double* sum = partial + b * ld;
-    double* row = extent + b * ld;
-    std::fill(sum, sum + ld, 0.0);
-    for (int64_t i = b * kBlockRows; i < std::min(n, (b + 1) * kBlockRows); ++i) {
-      x.load(first + i, row);
-      for (int64_t f = 0; f < d; ++f) sum[f] += row[f] - origin[f];
-    }
-  });
-  for (int64_t b = 1; b < blocks; ++b) axpy(1.0, partial + b * ld, partial, d);
-  for (int64_t f = 0; f < d; ++f) shift[f] = origin[f] + partial[f] / static_cast<double>(n);
+  double* rows = ws.row.reserve(blocks * ld + blocks);
+  double* largest = rows + blocks * ld;
 
-  for_each_light_task(blocks, n * ld, [&](int64_t b, int64_t) {
-    double* row = extent + b * ld;
-    double most = 0.0;
-    for (int64_t i = b * kBlockRows; i < std::min(n, (b + 1) * kBlockRows); ++i) {
-      x.load(first + i, row);
-      for (int64_t f = 0; f < d; ++f) most = std::max(most, std::abs(row[f] - shift[f]));
-    }
-    largest[b] = most;
-  });
-  const double most = *std::max_element(largest, largest + blocks);
+  // The mean of a few rows from all over the set: near enough to all of them, unless most of the sample are
+  // outliers. Taken relative to the first row, so that equal rows have exactly their own value as the mean.
+  constexpr int64_t kSample = 16;
+  const int64_t sample = std::min(n, kSample);
+  double* origin = ws.sums.reserve(d);
+  x.load(first, origin);
+  std::fill(shift, shift + d, 0.0);
+  for (int64_t s = 1; s < sample; ++s) {
+    x.load(first + s * n / sample, rows);
+    for (int64_t f = 0; f < d; ++f) shift[f] += rows[f] - origin[f];
+  }
+  for (int64_t f = 0; f < d; ++f) shift[f] = origin[f] + shift[f] / static_cast<double>(sample);
+
+  // Normalized rows are at most 2 apart; others are scaled into the range of float32's squares.
+  double most = 1.0;
+  if (!x.unit_rows) {
+    for_each_task(blocks, 8 * n * ld, [&](int64_t b, int64_t) {
+      double* row = rows + b * ld;
+      double extent = 0.0;
+      for (int64_t i = b * kBlockRows; i < std::min(n, (b + 1) * kBlockRows); ++i) {
+        x.load(first + i, row);
+        for (int64_t f = 0; f < d; ++f) extent = std::max(extent, std::abs(row[f] - shift[f]));
+      }
+      largest[b] = extent;
+    });
+    most = *std::max_element(largest, largest + blocks);
+  }
   // A power of two: scaling is exact.
   ws.scale = most > 0.0 ? std::exp2(std::floor(std::log2(most))) : 1.0;
   if (!(ws.scale > 0.0)) ws.scale = std::numeric_limits<double>::min();
   const double inverse = 1.0 / ws.scale;
 
   T* points = ws.points.reserve(n * ld);
-  for_each_light_task(blocks, n * ld, [&](int64_t b, int64_t) {
-    double* row = extent + b * ld;
+  for_each_task(blocks, 8 * n * ld, [&](int64_t b, int64_t) {
+    double* row = rows + b * ld;
     for (int64_t i = b * kBlockRows; i < std::min(n, (b + 1) * kBlockRows); ++i) {
       x.load(first + i, row);
       T* out = points + i * ld;
@@ -83,7 +85,7 @@ void seed_centroids(int64_t n, int64_t k, const RngStream& rng, KMeansWorkspace<
     T* centroid = centroids + c * ld;
     std::copy_n(points + chosen * ld, ld, centroid);
     if (c + 1 == k) return;
-    for_each_light_task(blocks, n * ld, [&](int64_t b, int64_t) {
+    for_each_task(blocks, n * ld, [&](int64_t b, int64_t) {
       const int64_t begin = b * kBlockRows, end = std::min(n, begin + kBlockRows);
       squared_distances(points + begin * ld, end - begin, centroid, ld, fresh + begin);
       for (int64_t i = begin; i < end; ++i) nearest[i] = std::min(nearest[i], fresh[i]);
@@ -127,7 +129,7 @@ void assign(int64_t n, int64_t k, KMeansWorkspace<T>& ws, int64_t* labels) {
     }
     half_norm[c] = static_cast<T>(0.5 * total);
   }
-  for_each_light_task(blocks, n * k * ld, [&](int64_t b, int64_t) {
+  for_each_task(blocks, n * k * ld, [&](int64_t b, int64_t) {
     const int64_t begin = b * kBlockRows, end = std::min(n, begin + kBlockRows);
     T* block = scores + begin * k;
     row_dots(points + begin * ld, end - begin, centroids, k, ld, block, k);
@@ -153,7 +155,7 @@ void update_sums(int64_t n, KMeansWorkspace<T>& ws, const int64_t* labels, const
   const int64_t ld = ws.ld;
   const T* points = ws.points.data();
   double* sums = ws.sums.data();
-  for_each_light_task(blocks_of(ld, kSlab), n * ld, [&](int64_t slab, int64_t) {
+  for_each_task(blocks_of(ld, kSlab), n * ld, [&](int64_t slab, int64_t) {
     const int64_t begin = slab * kSlab, end = std::min(ld, begin + kSlab);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t now = labels[i], before = previous[i];
@@ -174,7 +176,7 @@ template <typename T>
 T* own_distances(int64_t n, KMeansWorkspace<T>& ws, const int64_t* labels) {
   const int64_t ld = ws.ld;
   T* distance = ws.distance.reserve(n);
-  for_each_light_task(blocks_of(n, kBlockRows), n * ld, [&](int64_t b, int64_t) {
+  for_each_task(blocks_of(n, kBlockRows), n * ld, [&](int64_t b, int64_t) {
     for (int64_t i = b * kBlockRows; i < std::min(n, (b + 1) * kBlockRows); ++i) {
       squared_distances(ws.points.data() + i * ld, 1, ws.centroids.data() + labels[i] * ld, ld, distance + i);
     }
@@ -251,7 +253,7 @@ double kmeans(const Features& x, int64_t first, int64_t n, int64_t k, const KMea
 
 template double kmeans<float>(const Features&, int64_t, int64_t, int64_t, const KMeansOptions&, const RngStream&,
                               KMeansWorkspace<float>&, int64_t*, double*, bool);
-template double kmeans<double>(const Features&, int64_t, int64_t, int64_t, const KMeansOptions&,
-                               const RngStream&, KMeansWorkspace<double>&, int64_t*, double*, bool);
+template double kmeans<double>(const Features&, int64_t, int64_t, int64_t, const KMeansOptions&, const RngStream&,
+                               KMeansWorkspace<double>&, int64_t*, double*, bool);
 
 }  // namespace dse::cpu

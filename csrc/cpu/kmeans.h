@@ -17,13 +17,13 @@ struct KMeansOptions {
 // Working memory of one problem; reused from one to the next.
 template <typename T>
 struct KMeansWorkspace {
-  Buffer<T> points;     // n x ld: (x - shift) / scale
-  Buffer<T> centroids;  // k x ld, in the same coordinates
-  Buffer<T> scores;     // one block of rows x k for each task
-  Buffer<T> distance;   // n
-  Buffer<double> sums;  // k x ld
-  Buffer<double> row;   // one row a task
-  Buffer<double> shift; // d
+  Buffer<T> points;      // n x ld: (x - shift) / scale
+  Buffer<T> centroids;   // k x ld, in the same coordinates
+  Buffer<T> scores;      // one block of rows x k for each task
+  Buffer<T> distance;    // n
+  Buffer<double> sums;   // k x ld
+  Buffer<double> row;    // one row a task
+  Buffer<double> shift;  // d
   Buffer<int64_t> labels, previous, counts;
   double scale = 1.0;
   int64_t ld = 0;

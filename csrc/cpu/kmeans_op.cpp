@@ -8,6 +8,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu/arguments.h"
 #include "cpu/kmeans.h"
 #include "cpu/operators.h"
 #include "cpu/row_statistics.h"
@@ -45,10 +46,9 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& x, int64_t k, uint64_t seed
       inertia_data[g] = std::numeric_limits<T>::quiet_NaN();
       return;
     }
-    inertia_data[g] = static_cast<T>(kmeans<T>(features, g * n, n, k, options,
-                                               {seed, RngPurpose::kKMeansOp, static_cast<uint64_t>(g)},
-                                               workspaces[static_cast<size_t>(worker)], label_data + g * n, own,
-                                               true));
+    inertia_data[g] = static_cast<T>(
+        kmeans<T>(features, g * n, n, k, options, {seed, RngPurpose::kKMeansOp, static_cast<uint64_t>(g)},
+                  workspaces[static_cast<size_t>(worker)], label_data + g * n, own, true));
     for (int64_t i = 0; i < k * d; ++i) centroid_data[g * k * d + i] = static_cast<T>(own[i]);
   });
   return {centroids, labels, inertia};
@@ -60,8 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> kmeans_op(const Tensor& x, int64_t k, const T
                                              double tol) {
   require_features(x, "x", "(G, n, d)");
   require_at_least(k, 1, "k");
-  require_at_least(max_iters, 1, "max_iters");
-  if (!(tol > 0.0)) reject("tol must be > 0, got ", tol, ".");
+  require_kmeans_options(max_iters, tol, "max_iters");
   const int64_t clusters = std::min(k, x.size(1));
   const KMeansOptions options{max_iters, tol};
   const uint64_t number = seed_value(seed);

@@ -86,13 +86,15 @@ Tensor backward(const Tensor& grad, const Tensor& x, const Tensor& labels, const
     if (forms[g * k] < 0) {
       std::fill_n(rows, n * d, std::numeric_limits<T>::quiet_NaN());
     } else {
-      for_each_task(k, [&](int64_t c, int64_t worker) {
+      for_each_task(k, n * n * d / k, [&](int64_t c, int64_t worker) {
         double weight = 0.0;
-        load_run(grad_type, grad_data + grad_bytes * (g * grad.stride(0) + c * grad.stride(1)), 1, 1, 1.0, &weight);
-        add_cluster_gradient<T>(features,
-                                {own.rows(c), own.size(c), slots + (g * n + own.offset[static_cast<size_t>(c)]) * d,
-                                 static_cast<SavedForm>(forms[g * k + c]), weight},
-                                g * n, rows, workspaces[static_cast<size_t>(worker)]);
+        load_run(grad_type, grad_data + grad_bytes * (g * grad.stride(0) + c * grad.stride(1)), 1, 1, 1.0,
+                 &weight);
+        add_cluster_gradient<T>(
+            features,
+            {own.rows(c), own.size(c), slots + (g * n + own.offset[static_cast<size_t>(c)]) * d,
+             static_cast<SavedForm>(forms[g * k + c]), weight},
+            g * n, rows, workspaces[static_cast<size_t>(worker)]);
       });
     }
     for (int64_t i = 0; i < n; ++i) {
@@ -119,7 +121,8 @@ Tensor cluster_nuclear_norms_backward(const Tensor& grad, const Tensor& x, const
                                       const Tensor& saved, const Tensor& saved_form) {
   require_features(x, "x", "(G, n, d)");
   require_cpu(grad, "grad");
-  if (grad.dim() != 2 || grad.size(0) != x.size(0)) reject("grad must have shape (G, k), got ", shape_of(grad), ".");
+  if (grad.dim() != 2 || grad.size(0) != x.size(0))
+    reject("grad must have shape (G, k), got ", shape_of(grad), ".");
   require_labels(labels, x.size(0), x.size(1), grad.size(1), "labels");
   if (saved.numel() != x.numel() || saved_form.numel() != grad.numel()) {
     reject("saved and saved_form do not belong to these features.");

@@ -8,18 +8,12 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include "common/problem.h"
-
 namespace dse::cpu {
 
 using torch::stable::Tensor;
 
 using DseOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                               Tensor, Tensor, Tensor>;
-
-// Checks the arguments that say what is computed.
-Problem make_problem(const Tensor& z, const std::string& variant, int64_t local_clusters, int64_t global_clusters,
-                     std::optional<int64_t> group_images, bool normalize);
 
 DseOutputs dse_components(const Tensor& z, const Tensor& seed, std::string variant, int64_t local_clusters,
                           int64_t global_clusters, std::optional<int64_t> group_images, bool normalize,

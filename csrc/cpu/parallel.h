@@ -15,13 +15,20 @@ namespace dse::cpu {
 
 // Calls fn(task, worker) once for every task in [0, n). Which worker takes which task is decided at run time,
 // so a task's result must not depend on its worker: the outcome is then the same for any number of threads.
+//
+// `work` is the number of multiply-adds of all tasks together. Where that is little the caller runs them alone:
+// waking a thread costs microseconds on an idle machine and a time slice on a busy one.
 template <typename Fn>
-void for_each_task(int64_t n, const Fn& fn) {
-  if (n <= 0) return;
+void for_each_task(int64_t n, int64_t work, const Fn& fn) {
+  constexpr int64_t kWorthThreads = 1 << 20;
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), n);
+  if (work < kWorthThreads || workers < 2) {
+    for (int64_t task = 0; task < n; ++task) fn(task, int64_t{0});
+    return;
+  }
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   std::exception_ptr failure;
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), n);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       for (int64_t task = next++; task < n && !failed; task = next++) {
@@ -37,18 +44,6 @@ void for_each_task(int64_t n, const Fn& fn) {
   if (failure) std::rethrow_exception(failure);
 }
 
-// The same for tasks that call nothing outside this library: `work` is the number of multiply-adds of all tasks
-// together, and where that is less than starting the threads costs, the caller runs them alone.
-template <typename Fn>
-void for_each_light_task(int64_t n, int64_t work, const Fn& fn) {
-  constexpr int64_t kWorthThreads = 1 << 18;
-  if (work < kWorthThreads) {
-    for (int64_t task = 0; task < n; ++task) fn(task, 0);
-    return;
-  }
-  for_each_task(n, fn);
-}
-
 // Upper bound on the worker indices that for_each_task passes on.
 inline int64_t max_workers() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
@@ -57,7 +52,7 @@ inline int64_t max_workers() { return std::max<int64_t>(1, torch::stable::get_nu
 template <typename Fn>
 void for_each_problem(int64_t n, int64_t work, const Fn& fn) {
   if (n >= max_workers()) {
-    for_each_light_task(n, work, fn);
+    for_each_task(n, work, fn);
     return;
   }
   for (int64_t problem = 0; problem < n; ++problem) fn(problem, 0);

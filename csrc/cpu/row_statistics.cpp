@@ -34,7 +34,7 @@ bool row_scales(const Features& x, bool normalize, double* scale) {
   const int64_t n = x.rows(), d = x.dim, block = reduction_rows(n), blocks = (n + block - 1) / block;
   Buffer<double> rows(max_workers() * d);
   std::atomic<bool> finite{true};
-  for_each_light_task(blocks, n * d, [&](int64_t b, int64_t worker) {
+  for_each_task(blocks, 8 * n * d, [&](int64_t b, int64_t worker) {
     double* row = rows.data() + worker * d;
     for (int64_t i = b * block; i < std::min(n, (b + 1) * block); ++i) {
       x.load(i, row);
@@ -60,7 +60,7 @@ double average_norm(const Features& x, double* mean, double* mean_direction) {
   const int64_t n = x.rows(), d = x.dim, block = reduction_rows(n), blocks = (n + block - 1) / block;
   column_means({&x, nullptr, 0, n, false}, mean);
   Buffer<double> partial(blocks * (2 * d + 2));
-  for_each_light_task(blocks, n * d, [&](int64_t b, int64_t) {
+  for_each_task(blocks, 8 * n * d, [&](int64_t b, int64_t) {
     double* direction = partial.data() + b * (2 * d + 2);
     double* row = direction + d;
     double total = 0.0, largest = 0.0;
@@ -117,7 +117,7 @@ bool nearest_other_centroid(const Features& x, int64_t first, int64_t last, cons
   }
   const int64_t work_size = kRows * ld + kRows * count;
   Buffer<double> work(max_workers() * work_size);
-  for_each_light_task((n + kRows - 1) / kRows, n * count * ld, [&](int64_t task, int64_t worker) {
+  for_each_task((n + kRows - 1) / kRows, n * count * ld, [&](int64_t task, int64_t worker) {
     double* rows = work.data() + worker * work_size;
     double* scores = rows + kRows * ld;
     const int64_t begin = task * kRows, end = std::min(n, begin + kRows);

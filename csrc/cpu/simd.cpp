@@ -195,9 +195,7 @@ DSE_MULTIVERSION void load_run(DType dtype, const void* src, int64_t stride, int
 
 DSE_MULTIVERSION void store_run(DType dtype, const double* src, int64_t n, void* dst) {
   switch (dtype) {
-    case DType::kFloat64:
-      std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(double));
-      return;
+    case DType::kFloat64: std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(double)); return;
     case DType::kFloat32: {
       auto* out = static_cast<float*>(dst);
       for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(src[i]);

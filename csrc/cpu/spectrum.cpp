@@ -26,7 +26,9 @@ constexpr double steep_ratio() {
 }
 
 // Below this, singular values are rounding of the rows themselves.
-double noise_floor(double magnitude, int64_t n) { return 4.0 * kEps * magnitude * std::sqrt(static_cast<double>(n)); }
+double noise_floor(double magnitude, int64_t n) {
+  return 4.0 * kEps * magnitude * std::sqrt(static_cast<double>(n));
+}
 
 // Rows or columns that are all zero (dead features, masked tokens) each hide one zero eigenvalue.
 int64_t count_null(const double* gram, int64_t m, int64_t ld, bool centered_rows) {
@@ -55,7 +57,7 @@ void transpose(const double* matrix, int64_t rows, int64_t cols, int64_t ld, dou
 template <typename Tile>
 void for_each_upper_tile(int64_t n, int64_t work, const Tile& tile) {
   const int64_t tiles = (n + kTile - 1) / kTile;
-  for_each_light_task(tiles * (tiles + 1) / 2, work, [&](int64_t task, int64_t) {
+  for_each_task(tiles * (tiles + 1) / 2, work, [&](int64_t task, int64_t) {
     int64_t row = 0;
     while (task >= tiles - row) task -= tiles - row++;
     const int64_t column = row + task;
@@ -157,7 +159,7 @@ void column_means(const RowSet& set, double* mean) {
   Buffer<double> partial((2 * blocks + 1) * d);
   double* origin = partial.data() + 2 * blocks * d;
   set.x->load(set.index(0), origin);
-  for_each_light_task(blocks, n * d, [&](int64_t b, int64_t) {
+  for_each_task(blocks, 8 * n * d, [&](int64_t b, int64_t) {
     double* sum = partial.data() + 2 * b * d;
     double* row = sum + d;
     std::fill(sum, sum + d, 0.0);
@@ -184,7 +186,7 @@ double stream_blocks(const RowSet& set, int64_t block_rows, int64_t ld, const Pu
   for (int64_t begin = 0; begin < n; begin += block_rows) {
     const int64_t rows = std::min(block_rows, n - begin);
     constexpr int64_t kRowsPerTask = 16;
-    for_each_light_task((rows + kRowsPerTask - 1) / kRowsPerTask, rows * d, [&](int64_t task, int64_t worker) {
+    for_each_task((rows + kRowsPerTask - 1) / kRowsPerTask, 32 * rows * d, [&](int64_t task, int64_t worker) {
       double* row = row_work.data() + worker * d;
       for (int64_t i = task * kRowsPerTask; i < std::min(rows, (task + 1) * kRowsPerTask); ++i) {
         set.x->load(set.index(begin + i), row);
@@ -205,7 +207,9 @@ void streamed_triangle(const RowSet& set, double* r) {
   const int64_t d = set.x->dim, ld = d, block_rows = std::max<int64_t>(d, kStreamRows);
   Buffer<double> stack((d + block_rows) * ld);
   int64_t height = 0;
-  const auto put = [&](double* block, int64_t, int64_t i, const double* row) { std::copy_n(row, d, block + i * ld); };
+  const auto put = [&](double* block, int64_t, int64_t i, const double* row) {
+    std::copy_n(row, d, block + i * ld);
+  };
   stream_blocks(set, block_rows, ld, put, [&](const double* block, int64_t rows) {
     std::copy_n(block, rows * ld, stack.data() + height * ld);
     const int64_t total = height + rows;
@@ -225,8 +229,8 @@ void gram_matrix(const RowSet& set, double* gram, double* magnitude) {
   const int64_t d = set.x->dim, n = set.n, m = std::min(n, d), ldg = gram_ld(m);
   std::fill(gram, gram + m * ldg, 0.0);
   if (n > d) {
-    // A block of about 400 kB stays in a core's cache while all tiles pass over it.
-    const int64_t block_rows = std::clamp<int64_t>(49152 / ldg, 16, 512);
+    // The two operands of one tile, 2 * kTile columns of a block, fit a core's cache.
+    constexpr int64_t block_rows = 160;
     const auto put = [&](double* panels, int64_t rows, int64_t i, const double* row) {
       for (int64_t f = 0; f < d; f += kPanel) {
         double* out = panels + f * rows + i * kPanel;
@@ -269,9 +273,14 @@ void fill_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
   std::fill(s.gram, s.gram + s.m * ldg, 0.0);
   const bool rows_side = n <= d;
   if (rows_side) {
-    double* turned = ws.turned.reserve(d * ldg);
-    transpose(matrix, n, d, ldm, turned, ldg);
-    tn_product_upper(turned, ldg, turned, ldg, d, s.gram, ldg, 0, s.m, 0, s.m);
+    // Feature block by feature block, so that the turned rows are still in the cache when they are multiplied.
+    constexpr int64_t kFeatures = 96;
+    double* turned = ws.turned.reserve(kFeatures * ldg);
+    for (int64_t f = 0; f < d; f += kFeatures) {
+      const int64_t width = std::min(kFeatures, d - f);
+      transpose(matrix + f, n, width, ldm, turned, ldg);
+      tn_product_upper(turned, ldg, turned, ldg, width, s.gram, ldg, 0, s.m, 0, s.m);
+    }
   } else {
     tn_product_upper(matrix, ldm, matrix, ldm, n, s.gram, ldg, 0, s.m, 0, s.m);
   }
@@ -302,7 +311,8 @@ void decompose(Spectrum* spectra, int64_t count, bool want_vectors, SpectralWork
     ld[used] = gram_ld(s.m);
     ++used;
   }
-  if (used == 0 || symmetric_eigen4(used, matrices, side, ld, values, want_vectors ? vectors : nullptr, ws.eigen)) {
+  if (used == 0 ||
+      symmetric_eigen4(used, matrices, side, ld, values, want_vectors ? vectors : nullptr, ws.eigen)) {
     return;
   }
   for (int64_t i = 0; i < used; ++i) {
@@ -321,8 +331,8 @@ void fill_nan(const RowSet& set, SpectralTarget<T>& target) {
 
 // Decomposes the matrix itself: values and the gradient, without the squared condition of the Gram matrix.
 template <typename T>
-void exact_spectral_function(const RowSet& set, SpectralKind kind, const Spectrum& s, double* sigma, double* weight,
-                             SpectralTarget<T>& target, SpectralWorkspace& ws) {
+void exact_spectral_function(const RowSet& set, SpectralKind kind, const Spectrum& s, double* sigma,
+                             double* weight, SpectralTarget<T>& target, SpectralWorkspace& ws) {
   const int64_t d = set.x->dim, n = set.n, m = s.m, ldm = gram_ld(d), ldg = gram_ld(m);
   double* matrix = ws.matrix.reserve(n * ldm);
   gather_rows(set, matrix, ldm);
@@ -384,7 +394,8 @@ void spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, Sp
     double* weight = sigma + s.m;
     eigenvalues_to_sigma(s.values, s.m, s.null, s.floor, sigma);
     target.value = spectral_value_and_weights(kind, sigma, s.m, weight);
-    if ((target.slot != nullptr || sizeof(T) == 8) && is_steep(s.values, s.m, s.null, s.floor, steep_ratio<T>())) {
+    if ((target.slot != nullptr || sizeof(T) == 8) &&
+        is_steep(s.values, s.m, s.null, s.floor, steep_ratio<T>())) {
       exact_spectral_function(sets[i], kind, s, sigma, weight, target, ws);
       continue;
     }

@@ -33,13 +33,13 @@ struct SpectralTarget {
 };
 
 struct SpectralWorkspace {
-  Buffer<double> matrix;    // n x gram_ld(d), centred
-  Buffer<double> turned;    // d x gram_ld(n)
-  Buffer<double> gram[kEigenLanes];     // m x gram_ld(m)
-  Buffer<double> vectors[kEigenLanes];  // m x m
-  Buffer<double> spectrum[kEigenLanes]; // eigenvalues, singular values, weights
-  Buffer<double> scaled;    // two operands of the weighted product
-  Buffer<double> factors;   // singular vectors, in the exact path
+  Buffer<double> matrix;                 // n x gram_ld(d), centred
+  Buffer<double> turned;                 // a block of features x gram_ld(n)
+  Buffer<double> gram[kEigenLanes];      // m x gram_ld(m)
+  Buffer<double> vectors[kEigenLanes];   // m x m
+  Buffer<double> spectrum[kEigenLanes];  // eigenvalues, singular values, weights
+  Buffer<double> scaled;                 // two operands of the weighted product
+  Buffer<double> factors;                // singular vectors, in the exact path
   Eigen4Workspace eigen;
 };
 
@@ -70,8 +70,8 @@ class StreamedRank {
  public:
   void measure(const RowSet& set);
   void decompose(bool want_gradient);
-  // `exact`: the value needs full float64 accuracy. `gradient` may be null. `steep` receives whether products with
-  // the gradient's matrix have to run in float64.
+  // `exact`: the value needs full float64 accuracy. `gradient` may be null. `steep` receives whether products
+  // with the gradient's matrix have to run in float64.
   double finish(bool exact, double* gradient, bool* steep);
 
   // All three.

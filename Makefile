@@ -1,0 +1,110 @@
+# `make` lists the targets. Each one creates .venv and builds what it needs; a second call does no
+# work twice. Needs Python >= 3.10 and a C++20 compiler; says so where they are missing.
+
+PYTHON ?= python3
+VENV ?= .venv
+ABI_VENV ?= .venv-abi
+
+# Arguments for pytest, e.g. make test PYTEST_ARGS='-k kmeans -x'.
+PYTEST_ARGS ?=
+# Processes that share the tests; empty: one, with all the cores. Each gets one torch thread.
+TEST_WORKERS ?=
+DEMO_ARGS ?= --preset demo --out runs/demo
+BENCH_ARGS ?=
+BENCH_OUT ?= benchmarks/results/latest.json
+WHEEL_DIR ?= dist
+
+# The environment's variable, since it takes the place of a constraint in the user's own pip
+# configuration; a -c on the command line would only be added to that.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+ifneq ($(filter command line environment,$(origin CXX)),)
+export CXX
+endif
+
+PY := $(VENV)/bin/python
+# Byte code of the few modules that are used is made when they are first imported.
+PIP_INSTALL := -m pip install --no-compile --progress-bar off
+ABI_PY := $(ABI_VENV)/bin/python
+BUILD_REQUIREMENTS := setuptools ninja pybind11 numpy torch
+NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
+FORMATTED_CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PYTHON_CODE := .
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help build demo test bench lint format wheel test-abi clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- the environment -----------------------------------------------------------------------------
+
+$(VENV)/pyvenv.cfg:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not found: dse-ext needs Python 3.10 or newer (make PYTHON=/path/to/python3)" >&2; exit 1; }
+	@$(PYTHON) tools/check_toolchain.py
+	$(PYTHON) -m venv $(VENV)
+
+# What is installed, and with it a first build. The build requirements come first: the package is
+# built against the torch that it will run with, not in an isolated environment.
+$(VENV)/.installed: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	$(PY) $(PIP_INSTALL) $(BUILD_REQUIREMENTS)
+	$(PY) $(PIP_INSTALL) --no-build-isolation -e '.[ssl,test,bench,dev]'
+	@touch $@ $(VENV)/.native
+
+# Ninja compiles again only what a change concerns.
+$(VENV)/.native: $(VENV)/.installed $(NATIVE_SOURCES)
+	@$(PY) tools/check_toolchain.py
+	$(PY) setup.py build_ext --inplace
+	@touch $@
+
+build: $(VENV)/.native ## create .venv, install everything and build the native libraries
+
+# --- what to do with it --------------------------------------------------------------------------
+
+demo: build ## train, score and select on embedded photographs; writes runs/demo/report.html
+	$(VENV)/bin/dse-ext train $(DEMO_ARGS)
+
+test: build ## run the tests
+	@$(PY) -m pytest python_tests $(if $(TEST_WORKERS),-n $(TEST_WORKERS) --dist worksteal) $(PYTEST_ARGS)
+
+bench: build ## time it against lightly and plain PyTorch; prints a table of ratios
+	@mkdir -p $(dir $(BENCH_OUT))
+	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json=$(BENCH_OUT) $(BENCH_ARGS)
+	@$(PY) benchmarks/report.py $(BENCH_OUT)
+
+lint: build ## check style, types and formatting
+	$(PY) -m ruff check $(PYTHON_CODE)
+	$(PY) -m ruff format --check $(PYTHON_CODE)
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(FORMATTED_CPP)
+
+format: build ## format the sources in place
+	$(PY) -m ruff check --fix-only $(PYTHON_CODE)
+	$(PY) -m ruff format $(PYTHON_CODE)
+	$(VENV)/bin/clang-format -i $(FORMATTED_CPP)
+
+wheel: build ## build dist/*.whl against the torch of .venv; it runs on every torch >= 2.11
+	rm -rf build/lib.* build/bdist.*  # of files that are gone by now
+	$(PY) -m pip wheel --no-deps --no-build-isolation --wheel-dir $(WHEEL_DIR) .
+
+# --- one binary, many torches --------------------------------------------------------------------
+
+# Of the same Python as .venv, which _C is built for, with an older torch and little else.
+$(ABI_VENV)/.installed: constraints-abi.txt | $(VENV)/.installed
+	$(PY) -m venv $(ABI_VENV)
+	PIP_CONSTRAINT=constraints-abi.txt $(ABI_PY) $(PIP_INSTALL) torch numpy pytest
+	@touch $@
+
+test-abi: build $(ABI_VENV)/.installed ## run the same built libraries on torch 2.15 and on torch 2.13
+	@$(PY) tools/check_abi.py $(PY) $(ABI_PY)
+
+# --- cleaning ------------------------------------------------------------------------------------
+
+clean: ## remove what was built, keep the environments
+	rm -rf build $(WHEEL_DIR) *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks .hypothesis
+	rm -f dse_ext/_ops.so dse_ext/_cuda.so dse_ext/_C.*.so $(VENV)/.native
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environments too
+	rm -rf $(VENV) $(ABI_VENV)

@@ -1,0 +1,1 @@
+"""Benchmarks of DSE against the implementations a user could take instead."""

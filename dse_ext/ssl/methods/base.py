@@ -1,0 +1,109 @@
+"""What a self-supervised method has to provide; the training loop knows nothing more of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from PIL import Image
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from dse_ext.ssl.backbone import DenseBackbone
+from dse_ext.ssl.config import ConfigError
+
+
+class MethodOutput(NamedTuple):
+    """What a forward pass gives.
+
+    Attributes:
+        loss: The method's own loss, 0-dim.
+        patch_tokens: Dense features ``(B', N, d)`` of the trained network, still in the graph:
+            the regularizer is applied to them.
+    """
+
+    loss: Tensor
+    patch_tokens: Tensor
+
+
+class Method(nn.Module, ABC):
+    """A self-supervised method: views, networks and loss.
+
+    All state that training changes (networks, teachers, centres, queues) must be in parameters
+    or buffers, so that ``state_dict`` is enough to resume a run.
+
+    Attributes:
+        name: Name on the command line.
+        Options: Dataclass of the method's options with their defaults.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type]
+
+    @classmethod
+    def create(
+        cls, backbone: DenseBackbone, image_size: int, steps: int, args: Mapping[str, Any]
+    ) -> Self:
+        """Creates the method with checked options.
+
+        Args:
+            backbone: The network to be trained.
+            image_size: Size of a global view in pixels.
+            steps: Number of steps of the whole run, for schedules.
+            args: Options that differ from their defaults.
+
+        Returns:
+            The method.
+
+        Raises:
+            ConfigError: If an option is unknown or its value is not accepted.
+        """
+        known = {f.name: f for f in dataclasses.fields(cls.Options)}
+        for key, value in args.items():
+            if key not in known:
+                raise ConfigError(
+                    f"method {cls.name} has no option {key!r}; it has {', '.join(sorted(known))}."
+                )
+            default = known[key].default
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if isinstance(default, int) and not (number and float(value).is_integer()):
+                raise ConfigError(f"method option {key} must be an integer, got {value!r}.")
+            if isinstance(default, float) and not number:
+                raise ConfigError(f"method option {key} must be a number, got {value!r}.")
+        return cls(backbone, image_size, steps, cls.Options(**args))
+
+    def __init__(self, backbone: DenseBackbone, image_size: int, steps: int, options: Any) -> None:
+        """Keeps what every method needs; sub-classes build their networks around ``backbone``."""
+        super().__init__()
+        self.image_size = image_size
+        self.steps = steps
+        self.options = options
+
+    @abstractmethod
+    def transform(self) -> Callable[[Image.Image], list[Tensor]]:
+        """Returns the augmentation that makes the views of one image."""
+
+    @abstractmethod
+    def forward(self, views: list[Tensor], step: int) -> MethodOutput:
+        """Computes the loss of one batch.
+
+        Args:
+            views: One tensor ``(B, 3, h, w)`` per view.
+            step: Number of optimizer steps done so far.
+        """
+
+    @abstractmethod
+    def trained(self) -> list[nn.Module]:
+        """The modules that the optimizer trains."""
+
+    @abstractmethod
+    def scored(self) -> DenseBackbone:
+        """The network that is kept as the run's result and scored."""
+
+    def before_optimizer(self, step: int) -> None:
+        """Called between the backward pass and the optimizer step."""
+
+    def after_optimizer(self, step: int) -> None:
+        """Called after the optimizer step, for example to move a teacher."""

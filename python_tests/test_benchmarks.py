@@ -1,0 +1,259 @@
+"""The benchmark suite itself: cases, memory measurement, report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
+
+from benchmarks import cases, memory, report  # noqa: E402
+
+
+def entry(key: str, seconds: list[float], mode: str = "training", **info: object) -> dict:
+    facts = {
+        "implementation": key,
+        "title": cases.IMPLEMENTATIONS[key].title,
+        "kind": "mixture",
+        "shape": [64, 196, 384],
+        "mode": mode,
+    }
+    return {"extra_info": facts | info, "stats": {"data": seconds}}
+
+
+@pytest.fixture
+def measured() -> dict:
+    """A report as pytest-benchmark writes it: two turns of each of three implementations."""
+    return {
+        "machine_info": {"dse": {"cpu": "Test CPU", "threads": 2, "torch": "2.15", "lightly": "1"}},
+        "datetime": "2026-01-01T00:00:00",
+        "benchmarks": [
+            entry("dse_ext", [0.100, 0.102], extra_peak_bytes=30 * 2**20),
+            entry("batched", [0.5], extra_peak_bytes=90 * 2**20),
+            entry("lightly", [1.2], extra_peak_bytes=60 * 2**20),
+            entry("lightly", [1.0]),
+            entry("batched", [0.7]),
+            entry("dse_ext", [0.098, 0.1]),
+            entry("dse_ext", [0.05], mode="forward"),
+            entry("lightly", [0.9], mode="forward"),
+            {"extra_info": {}, "stats": {"data": [1.0]}},  # another suite's
+        ],
+    }
+
+
+def test_summary_pools_the_turns_and_compares_medians(measured):
+    summary = report.summarize(measured)
+    training, forward = summary["rows"]
+    assert training["median_ms"] == {"dse_ext": 100, "batched": 600, "lightly": 1100}
+    assert training["rounds"] == {"dse_ext": 4, "batched": 2, "lightly": 2}
+    assert training["ratio"] == {"batched": 6, "lightly": 11}
+    assert training["extra_peak_bytes"]["dse_ext"] == 30 * 2**20
+    assert forward["ratio"] == {"lightly": 18}
+    assert forward["extra_peak_bytes"] == {}
+    assert summary["machine"]["cpu"] == "Test CPU"
+
+
+def test_table_names_the_machine_and_lists_every_case(measured):
+    facts, _, header, rule, *lines = report.table(report.summarize(measured)).splitlines()
+    assert "Test CPU, 2 threads, torch 2.15, lightly 1" in facts
+    assert len({len(line) for line in (header, rule, *lines)}) == 1
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *lines)]
+    training = dict(zip(cells[0], cells[1], strict=True))
+    assert training["step"] == "training"
+    assert training["(B, N, d)"] == "(64, 196, 384)"
+    assert training["dse-ext, ms"] == "100.0"
+    assert training["× lightly"] == "11.0"
+    assert training["× batched PyTorch"] == "6.0"
+    assert training["memory dse-ext, MiB"] == "30"
+    assert dict(zip(cells[0], cells[2], strict=True))["batched PyTorch, ms"] == "–"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "memory_ratio", "failures"),
+    [
+        (None, None, []),
+        (11, 0.5, []),
+        (11.5, None, [r"training mixture (64, 196, 384): 11.00× faster than lightly"]),
+        (None, 0.4, [r"0.50× the extra peak memory of lightly, allowed 0.4×"]),
+        (12, 0.1, ["faster than lightly, required 12×", "allowed 0.1×"]),
+    ],
+)
+def test_requirements(measured, ratio, memory_ratio, failures):
+    found = report.unmet(report.summarize(measured), "lightly", ratio, memory_ratio)
+    assert len(found) == len(failures)
+    for expected, line in zip(failures, found, strict=True):
+        assert expected in line
+
+
+def test_requirements_fail_where_nothing_was_measured(measured):
+    kept = [b for b in measured["benchmarks"] if b["extra_info"].get("implementation") == "dse_ext"]
+    summary = report.summarize(measured | {"benchmarks": kept})
+    assert report.unmet(summary, "lightly", None, None) == []
+    assert report.unmet(summary, "lightly", 1, 1) == [
+        "no ratio against lightly was measured",
+        "no memory against lightly was measured",
+    ]
+
+
+def test_main_prints_writes_and_gates(measured, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "latest.json"
+    path.write_text(json.dumps(measured))
+    assert report.main([str(path)]) == 0
+    assert "× lightly" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "latest-summary.json").read_text())
+    assert summary == report.summarize(copy.deepcopy(measured))
+
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    assert report.main([str(path), "--save", "two-cores"]) == 0
+    assert json.loads((tmp_path / "results" / "two-cores.json").read_text()) == summary
+    assert report.main([str(path), "--require", "10", "--require-memory", "1"]) == 0
+    assert report.main([str(path), "--require", "20"]) == 1
+    assert "Requirement not met" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("not json", "Expecting value"),
+        ('{"benchmarks": []}', "has no benchmark of this suite"),
+        (json.dumps({"benchmarks": [entry("lightly", [1.0])]}), "was not measured for dse_ext"),
+    ],
+)
+def test_main_says_what_is_wrong_with_a_report(content, message, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    if content is not None:
+        path.write_text(content)
+    assert report.main([str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["mixture", "random"])
+def test_features_come_from_the_seed(kind):
+    z = cases.make_features(kind, (3, 5, 7))
+    assert z.shape == (3, 5, 7)
+    assert z.dtype == torch.float32
+    assert torch.equal(z, cases.make_features(kind, (3, 5, 7)))
+    assert not torch.equal(z, cases.make_features(kind, (3, 5, 7), seed=1))
+    with pytest.raises(ValueError, match="kind must be 'mixture' or 'random', got 'gauss'"):
+        cases.make_features("gauss", (3, 5, 7))
+
+
+def test_mixture_is_clustered_and_random_is_not():
+    import dse_ext
+
+    shape = (8, 40, 32)
+    spread = {}
+    for kind in ("mixture", "random"):
+        c = dse_ext.dse_components(cases.make_features(kind, shape))
+        spread[kind] = c.m_intra_batch.item() / c.m_inter.item()
+    assert spread["mixture"] < 0.8 * spread["random"]
+
+
+@pytest.mark.parametrize("key", list(cases.IMPLEMENTATIONS))
+@pytest.mark.parametrize("mode", cases.MODES)
+def test_every_implementation_runs_both_steps(key, mode):
+    if key == "lightly":
+        pytest.importorskip("lightly")
+    z = cases.make_features("mixture", (9, 12, 8)).requires_grad_(mode == "training")
+    loss = cases.run(cases.IMPLEMENTATIONS[key].build(), z, mode)
+    assert loss.isfinite()
+    assert loss.requires_grad == (mode == "training")
+    assert (z.grad is not None) == (mode == "training")
+
+
+def test_cases_include_every_shape_in_both_modes():
+    for shape in cases.SHAPES:
+        for mode in cases.MODES:
+            assert cases.Case("mixture", shape, mode) in cases.CASES
+    assert len({case.name for case in cases.CASES}) == len(cases.CASES)
+    assert cases.Case("random", (64, 196, 384), "training").name == "training-random-64x196x384"
+
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@LINUX
+def test_memory_of_a_step_is_measured_in_its_own_process():
+    shapes = [(8, 128, 256), (32, 128, 256)]
+    extra = memory.measure("dse_ext", shapes)
+    for shape in shapes:
+        if extra[shape] is None:
+            pytest.skip("this kernel does not let a process reset its high-water mark")
+        size = 4 * torch.Size(shape).numel()
+        # The gradient, as large as the input, and a few temporaries of that size.
+        assert 0.9 * size < extra[shape] < 30 * size
+
+
+KNOWN_ALLOCATIONS = """
+import torch
+from benchmarks import cases, memory
+
+class Known(torch.nn.Module):
+    def forward(self, z):
+        kept = torch.ones(40 * 2**18)  # 40 MiB
+        torch.ones(20 * 2**18)  # 20 MiB, freed at once
+        torch.ones(30 * 2**18)  # 30 MiB, for which the 20 MiB are no use
+        return (z * kept[0]).sum()
+
+cases.IMPLEMENTATIONS["known"] = cases.Implementation("known", 1, Known)
+print(memory._in_a_fork("known", (8, 64, 256)))
+try:
+    memory._in_a_fork("known", (0, 64))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@LINUX
+def test_memory_is_that_of_known_allocations_and_a_failure_is_an_error():
+    run = [sys.executable, "-c", KNOWN_ALLOCATIONS]
+    done = subprocess.run(run, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    extra, error = done.stdout.splitlines()
+    assert error == "measuring known at (0, 64) ended with status 1."
+    if extra == "None":
+        pytest.skip("this kernel does not let a process reset its high-water mark")
+    assert int(extra) / 2**20 == pytest.approx(40 + 30, abs=3)
+
+
+@pytest.mark.slow
+def test_the_suite_runs_from_end_to_end(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("lightly")
+    path = tmp_path / "latest.json"
+    run = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-p", "no:xdist"]
+    subprocess.run(
+        [*run, f"--benchmark-json={path}"],
+        cwd=ROOT,
+        env=os.environ | {"DSE_BENCH_QUICK": "1", "DSE_BENCH_THREADS": "1"},
+        check=True,
+    )
+    done = subprocess.run(
+        [sys.executable, "benchmarks/report.py", str(path)],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert "(6, 16, 8)" in done.stdout
+    summary = json.loads((tmp_path / "latest-summary.json").read_text())
+    assert summary["machine"]["threads"] == 1
+    assert summary["machine"]["torch"] == torch.__version__
+    for row in summary["rows"]:
+        assert row["median_ms"].keys() == cases.IMPLEMENTATIONS.keys()
+        assert all(value > 0 for value in row["median_ms"].values())
+    both = [row for row in summary["rows"] if row["kind"] == "mixture"]
+    assert {row["mode"] for row in both} == set(cases.MODES)
+    assert all(
+        row["extra_peak_bytes"].keys() == cases.IMPLEMENTATIONS.keys()
+        for row in both
+        if row["mode"] == "training" and None not in row["extra_peak_bytes"].values()
+    )
