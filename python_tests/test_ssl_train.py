@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,6 @@ import time
 
 import pytest
 import torch
-from PIL import Image
 from ssl_run import TINY, assert_same_networks, networks, tiny, without_times
 
 from dse_ext.data import NoImagesError
@@ -93,7 +93,7 @@ def test_networks_change_with_training_and_can_be_loaded(finished):
     kept = networks(out)
     assert list(kept) == [f"step_{step:07d}.pt" for step in (0, 2, 4, 6)]
     weights = [state["blocks.0.attn.qkv.weight"] for state in kept.values()]
-    assert not any(torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False))
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(weights))
     backbone = load_checkpoint(tiny(), RunFolder(out), 4)
     pooled, dense = backbone(torch.zeros(2, 3, 32, 32))
     assert pooled.shape == (2, 32)
@@ -120,9 +120,7 @@ def test_regularizer_takes_part_in_training(finished, tmp_path):
     for a, b in ((0, 1), (1, 2), (0, 2)):
         assert any(not torch.equal(results[a][k], results[b][k]) for k in results[a])
     # It does what it is for: DSE of the trained network is larger.
-    relevance = [
-        run.scores[-1].class_relevance + run.scores[-1].m_dim for run in (strong, plain)
-    ]
+    relevance = [run.scores[-1].class_relevance + run.scores[-1].m_dim for run in (strong, plain)]
     assert relevance[0] > relevance[1]
 
 
@@ -222,7 +220,7 @@ def test_resuming_a_finished_run_does_no_work_twice(finished, tmp_path, monkeypa
 
 def test_folder_with_a_run_is_not_overwritten_by_accident(finished, tmp_path):
     out, _ = finished
-    with pytest.raises(ConfigError, match="already holds a run.*--resume.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"already holds a run.*--resume.*--overwrite"):
         train(tiny(), out)
     with pytest.raises(ConfigError, match=r"has lr = 0\.001, which cannot be changed to 0\.5"):
         train(tiny(lr=0.5), out, resume=True)

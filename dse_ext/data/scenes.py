@@ -180,29 +180,26 @@ class TextureScenes(Dataset[tuple[Any, Tensor]]):
         return np.asarray(window, dtype=np.float64) / 255.0
 
 
-import os
-
-_A = float(os.environ.get("ALPHA", "0"))
-_Bt = float(os.environ.get("BETA", "0"))
+# Share of its photograph's own colour that a region keeps; the rest is drawn at random.
+_OWN_COLOUR = 0.5
 
 
 def _recoloured(
     rng: np.random.Generator, pixels: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Gives a region's pixels (n, 3) a mean colour and a contrast that say nothing of its class."""
+    """Gives a region's pixels (n, 3) a random contrast, and half of their mean colour at random."""
     mean = pixels.mean(axis=0)
     deviation = pixels - mean
     luma = deviation @ _LUMA
     # The floor keeps an empty piece of sky or page from being blown up to pure noise.
     spread = max(float(luma.std()), 0.02)
     contrast = rng.uniform(0.10, 0.20)
-    turn = rng.uniform(0, 2 * np.pi) * (1 - _A)
+    turn = rng.uniform(0, 2 * np.pi) * (1 - _OWN_COLOUR)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     chroma = deviation @ (_CHROMA.T @ rotation @ _CHROMA) * rng.uniform(0.3, 1.0)
     colour = rng.uniform(0.3, 0.7) + rng.normal(0.0, 0.07, size=2) @ _CHROMA
-    colour = _A * mean + (1 - _A) * colour
-    gain = (contrast / spread) ** (1 - _Bt)
-    recoloured: npt.NDArray[np.float64] = colour + (luma[:, None] + chroma) * gain
+    colour = _OWN_COLOUR * mean + (1 - _OWN_COLOUR) * colour
+    recoloured: npt.NDArray[np.float64] = colour + (luma[:, None] + chroma) * (contrast / spread)
     return recoloured
 
 

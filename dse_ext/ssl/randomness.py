@@ -3,7 +3,6 @@
 Augmentations and layers of other libraries draw from them, NumPy's older one included, so they
 have to be seeded, saved and restored as one.
 """
-# ruff: noqa: NPY002
 
 from __future__ import annotations
 

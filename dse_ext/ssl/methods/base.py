@@ -66,12 +66,7 @@ class Method(nn.Module, ABC):
                 raise ConfigError(
                     f"method {cls.name} has no option {key!r}; it has {', '.join(sorted(known))}."
                 )
-            default = known[key].default
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if isinstance(default, int) and not (number and float(value).is_integer()):
-                raise ConfigError(f"method option {key} must be an integer, got {value!r}.")
-            if isinstance(default, float) and not number:
-                raise ConfigError(f"method option {key} must be a number, got {value!r}.")
+            _check_type(key, value, known[key].default)
         return cls(backbone, image_size, steps, cls.Options(**args))
 
     def __init__(self, backbone: DenseBackbone, image_size: int, steps: int, options: Any) -> None:
@@ -107,3 +102,16 @@ class Method(nn.Module, ABC):
 
     def after_optimizer(self, step: int) -> None:
         """Called after the optimizer step, for example to move a teacher."""
+
+
+def _check_type(key: str, value: Any, default: Any) -> None:
+    """Raises ConfigError unless a value is of the kind of the option's default."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(default, bool):
+        wanted, fits = "true or false", isinstance(value, bool)
+    elif isinstance(default, int):
+        wanted, fits = "an integer", number and isinstance(value, int)
+    else:
+        wanted, fits = "a number", number
+    if not fits:
+        raise ConfigError(f"method option {key} must be {wanted}, got {value!r}.")

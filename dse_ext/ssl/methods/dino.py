@@ -25,6 +25,9 @@ class DINOOptions:
         hidden_dim: Width of the projection head.
         bottleneck_dim: Width of the head's bottleneck.
         output_dim: Number of prototypes.
+        batch_norm: Batch normalization in the head. An untrained network gives all images nearly
+            the same vector; normalizing over the batch pulls them apart from the first step on,
+            which a run of a few hundred steps needs.
         local_views: Number of small views per image.
         local_size: Width of a small view in pixels; 0 means half of the image size.
         global_scale: Least share of the image's area in a global view.
@@ -44,6 +47,7 @@ class DINOOptions:
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
     output_dim: int = 4096
+    batch_norm: bool = False
     local_views: int = 6
     local_size: int = 0
     global_scale: float = 0.4
@@ -126,6 +130,7 @@ class DINO(Method):
                 hidden_dim=o.hidden_dim,
                 bottleneck_dim=o.bottleneck_dim,
                 output_dim=o.output_dim,
+                batch_norm=o.batch_norm,
                 # Counted in steps here: the loop has no epochs.
                 freeze_last_layer=round(o.freeze_last_layer * self.steps),
             )
