@@ -207,7 +207,10 @@ PRESETS: dict[str, dict[str, Any]] = {
             "output_dim": 1024,
             "batch_norm": True,
             "local_views": 2,
-            "momentum": 0.98,
+            "momentum": 0.99,
+            # Sharp targets: a few hundred steps are too few for 0.04 to leave the uniform output.
+            "teacher_temp": 0.02,
+            "warmup_teacher_temp": 0.02,
         },
     },
 }
