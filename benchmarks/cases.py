@@ -64,8 +64,8 @@ def _batched() -> Module:
 #: In the order in which a round of benchmarks runs them.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "dse_ext": Implementation("dse-ext", 5, _dse_ext),
-    "batched": Implementation("batched PyTorch", 2, _batched),
-    "lightly": Implementation("lightly", 1, _lightly),
+    "batched": Implementation("batched PyTorch", 3, _batched),
+    "lightly": Implementation("lightly", 3, _lightly),
 }
 
 

@@ -67,10 +67,27 @@ void copy_out(const Tensor& t, double* dst) {
     for (int64_t j = 0; j < cols; ++j) dst[i * cols + j] = src[i * rs + j * cs];
 }
 
+template <typename S>
 void copy_vector(const Tensor& t, double* dst) {
-  const auto* src = static_cast<const double*>(t.const_data_ptr());
+  const auto* src = static_cast<const S*>(t.const_data_ptr());
   const int64_t n = t.size(0), stride = t.stride(0);
-  for (int64_t i = 0; i < n; ++i) dst[i] = src[i * stride];
+  for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<double>(src[i * stride]);
+}
+
+template <typename S>
+void eigen(const S* g, int64_t n, int64_t ld, double* values, double* vectors) {
+  const SerialMath serial;
+  const Tensor matrix = wrap(g, n, n, ld, 1, sizeof(S) == 8 ? ScalarType::Double : ScalarType::Float);
+  std::array<StableIValue, 2> stack{from(matrix), from(std::string("U"))};
+  const char* name = vectors == nullptr ? "aten::linalg_eigvalsh" : "aten::linalg_eigh";
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  copy_vector<S>(to<Tensor>(stack[0]), values);
+  if (vectors == nullptr) return;
+  const Tensor columns = to<Tensor>(stack[1]);
+  const auto* src = static_cast<const S*>(columns.const_data_ptr());
+  const int64_t rs = columns.stride(0), cs = columns.stride(1);
+  for (int64_t v = 0; v < n; ++v)
+    for (int64_t i = 0; i < n; ++i) vectors[v * n + i] = static_cast<double>(src[i * rs + v * cs]);
 }
 
 }  // namespace
@@ -84,23 +101,22 @@ void matmul(const double*, const Matrix& a, const Matrix& b, double* out, int64_
 }
 
 void symmetric_eigen(const double* g, int64_t n, int64_t ld, double* values, double* vectors) {
+  eigen(g, n, ld, values, vectors);
+}
+
+void symmetric_eigen(const float* g, int64_t n, int64_t ld, double* values, double* vectors) {
+  eigen(g, n, ld, values, vectors);
+}
+
+bool is_positive_definite(const float* g, int64_t n, int64_t ld) {
   const SerialMath serial;
-  const Tensor matrix = wrap(g, n, n, ld, 1, ScalarType::Double);
-  if (vectors == nullptr) {
-    std::array<StableIValue, 2> stack{from(matrix), from(std::string("U"))};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::linalg_eigvalsh", "", stack.data(), TORCH_ABI_VERSION));
-    copy_vector(to<Tensor>(stack[0]), values);
-    return;
-  }
-  std::array<StableIValue, 2> stack{from(matrix), from(std::string("U"))};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linalg_eigh", "", stack.data(), TORCH_ABI_VERSION));
-  copy_vector(to<Tensor>(stack[0]), values);
-  const Tensor columns = to<Tensor>(stack[1]);
-  const auto* src = static_cast<const double*>(columns.const_data_ptr());
-  const int64_t rs = columns.stride(0), cs = columns.stride(1);
-  for (int64_t v = 0; v < n; ++v)
-    for (int64_t i = 0; i < n; ++i) vectors[v * n + i] = src[i * rs + v * cs];
+  const Tensor matrix = wrap(g, n, n, ld, 1, ScalarType::Float);
+  std::array<StableIValue, 3> stack{from(matrix), from(false), from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linalg_cholesky_ex", "", stack.data(), TORCH_ABI_VERSION));
+  const Tensor factor = to<Tensor>(stack[0]);
+  const Tensor info = to<Tensor>(stack[1]);
+  return *static_cast<const int32_t*>(info.const_data_ptr()) == 0;
 }
 
 void thin_svd(const double* a, int64_t m, int64_t n, int64_t ld, double* u, double* s, double* vh) {
@@ -112,7 +128,7 @@ void thin_svd(const double* a, int64_t m, int64_t n, int64_t ld, double* u, doub
   const Tensor ts = to<Tensor>(stack[1]);
   const Tensor tv = to<Tensor>(stack[2]);
   if (u != nullptr) copy_out(tu, u);
-  copy_vector(ts, s);
+  copy_vector<double>(ts, s);
   if (vh != nullptr) copy_out(tv, vh);
 }
 

@@ -22,6 +22,11 @@ void matmul(const double* /*type tag*/, const Matrix& a, const Matrix& b, double
 // Eigenvalues (ascending) and eigenvectors of a symmetric matrix of which the upper triangle is given.
 // Eigenvector i is vectors[i * n + 0 .. n). Without `vectors` only the values are computed.
 void symmetric_eigen(const double* g, int64_t n, int64_t ld, double* values, double* vectors);
+// The same in float32 arithmetic: eigenvalues to about 1e-7 of the largest.
+void symmetric_eigen(const float* g, int64_t n, int64_t ld, double* values, double* vectors);
+
+// Whether a symmetric matrix is positive definite as far as a float32 Cholesky factorization can tell.
+bool is_positive_definite(const float* g, int64_t n, int64_t ld);
 
 // Thin singular value decomposition a (m x n, ld) = u diag(s) vh, r = min(m, n):
 // u (m x r) and vh (r x n) are row-major without gaps; null pointers are left out.

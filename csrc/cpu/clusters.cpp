@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "cpu/aten.h"
-
 namespace dse::cpu {
 
 template <typename T>
@@ -46,27 +44,33 @@ template <typename T>
 void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item, int64_t first_row,
                           T* accumulator, ClusterGradientWorkspace<T>& ws) {
   if (item.form == SavedForm::kNone || item.weight == 0.0) return;
-  const int64_t d = x.dim, n = item.n;
-  const T* product = item.slot;
-  if (item.form == SavedForm::kGramSide) {
-    double* rows = ws.rows.reserve(n * d);
-    gather_rows({&x, item.rows, 0, n, true}, rows, d);
-    T* centred = ws.centred.reserve(n * d);
-    for (int64_t i = 0; i < n * d; ++i) centred[i] = static_cast<T>(rows[i]);
-    T* out = ws.product.reserve(n * d);
-    if (n <= d) {
-      matmul(out, {item.slot, n, n, n, 1}, {centred, n, d, d, 1}, out, d);
-    } else {
-      matmul(out, {centred, n, d, d, 1}, {item.slot, d, d, d, 1}, out, d);
-    }
-    product = out;
-  }
+  const int64_t d = x.dim, n = item.n, ld = padded(d);
   const T weight = static_cast<T>(item.weight);
-  for (int64_t i = 0; i < n; ++i) {
-    const T* src = product + i * d;
-    T* dst = accumulator + (item.rows[i] - first_row) * d;
-    for (int64_t f = 0; f < d; ++f) dst[f] += weight * src[f];
+  const auto target = [&](int64_t i) { return accumulator + (item.rows[i] - first_row) * ld; };
+  if (item.form == SavedForm::kPolar) {
+    for (int64_t i = 0; i < n; ++i) {
+      const T* src = item.slot + i * d;
+      T* dst = target(i);
+      for (int64_t f = 0; f < d; ++f) dst[f] += weight * src[f];
+    }
+    return;
   }
+  double* rows = ws.rows.reserve(n * d);
+  gather_rows({&x, item.rows, 0, n, true}, rows, d);
+  ws.targets.resize(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) ws.targets[static_cast<size_t>(i)] = target(i);
+  if (n <= d) {
+    ws.right.reserve(n, d);
+    for (int64_t i = 0; i < n; ++i) ws.right.set_row(i, rows + i * d);
+    accumulate_product(item.slot, n, n, ws.right, weight, ws.targets.data());  // the slot is symmetric
+    return;
+  }
+  T* turned = ws.turned.reserve(d * n);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t f = 0; f < d; ++f) turned[f * n + i] = static_cast<T>(rows[i * d + f]);
+  ws.right.reserve(d, d);
+  for (int64_t f = 0; f < d; ++f) ws.right.set_row(f, item.slot + f * d);
+  accumulate_product(turned, n, n, ws.right, weight, ws.targets.data());
 }
 
 template void nuclear_norms<float>(const Features&, std::vector<ClusterItem<float>>&,

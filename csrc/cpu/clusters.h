@@ -7,6 +7,7 @@
 
 #include "common/cluster_index.h"
 #include "cpu/features.h"
+#include "cpu/products.h"
 #include "cpu/spectrum.h"
 
 namespace dse::cpu {
@@ -56,7 +57,9 @@ struct ClusterGradientItem {
 template <typename T>
 struct ClusterGradientWorkspace {
   Buffer<double> rows;
-  Buffer<T> centred, product;
+  Buffer<T> turned;
+  PanelMatrix<T> right;
+  std::vector<T*> targets;
 };
 
 template <typename T>

@@ -8,15 +8,16 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/arguments.h"
-#include "cpu/aten.h"
 #include "cpu/clusters.h"
 #include "cpu/dse_state.h"
 #include "cpu/operators.h"
+#include "cpu/products.h"
 #include "cpu/validate.h"
 
 namespace dse::cpu {
@@ -125,7 +126,19 @@ class Backward {
     return terms;
   }
 
-  static constexpr int64_t kRankRows = 392;
+  // Rows of one task of X M: with M's panel they fit a core's cache.
+  static constexpr int64_t kRankRows = 96;
+
+  // The matrix of an effective rank's gradient as a right operand, kept while the groups are gone through.
+  template <typename C>
+  struct RankMatrix {
+    const double* source = nullptr;
+    PanelMatrix<C> right;
+  };
+  struct RankWorkspace {
+    RankMatrix<float> narrow;
+    RankMatrix<double> wide;
+  };
 
   // The saved matrix stands on the side of the rows (M X) rather than of the features (X M): there are no more
   // rows than features in the matrix whose rank was measured, of which a group may be a part.
@@ -133,48 +146,63 @@ class Backward {
 
   // Adds rank_ * M X or rank_ * X M for the rows X of `set` to rows of `accumulator`.
   template <typename C>
-  void rank_gradient(const RowSet& set, const double* saved, T* accumulator, int64_t first_row) const {
+  void rank_gradient(const RowSet& set, const double* saved, RankMatrix<C>& matrix, T* accumulator,
+                     int64_t first_row) const {
     const int64_t d = p_.dim, n = set.n, side = dim_side(p_);
-    Buffer<C> matrix(side * side);
-    for (int64_t i = 0; i < side * side; ++i) matrix[i] = static_cast<C>(saved[i]);
+    const auto target = [&](int64_t i) { return accumulator + (set.index(i) - first_row) * padded(d); };
     if (rows_side()) {
+      Buffer<C> left(side * side);
+      for (int64_t i = 0; i < side * side; ++i) left[i] = static_cast<C>(saved[i]);
       Buffer<double> row(d);
-      Buffer<C> x(n * d), product(n * d);
+      matrix.right.reserve(n, d);
       for (int64_t i = 0; i < n; ++i) {
         x_.load(set.index(i), row.data());
-        for (int64_t f = 0; f < d; ++f) x[i * d + f] = static_cast<C>(row[f]);
+        matrix.right.set_row(i, row.data());
       }
-      matmul(product.data(), {matrix.data(), n, n, n, 1}, {x.data(), n, d, d, 1}, product.data(), d);
-      for (int64_t i = 0; i < n; ++i)
-        add_scaled(product.data() + i * d, accumulator + (set.index(i) - first_row) * d);
+      add_product(left.data(), n, n, matrix.right, target);
       return;
     }
+    if (matrix.source != saved) {
+      matrix.right.reserve(d, d);
+      for (int64_t f = 0; f < d; ++f) matrix.right.set_row(f, saved + f * d);
+      matrix.source = saved;
+    }
     const int64_t tasks = (n + kRankRows - 1) / kRankRows;
-    const int64_t share = kRankRows * d;
-    Buffer<C> work(max_workers() * 2 * share);
+    Buffer<C> work(max_workers() * kRankRows * d);
     Buffer<double> row_work(max_workers() * d);
     for_each_task(tasks, n * d * d, [&](int64_t task, int64_t worker) {
-      C* x = work.data() + worker * 2 * share;
-      C* product = x + share;
+      C* turned = work.data() + worker * kRankRows * d;
       double* row = row_work.data() + worker * d;
       const int64_t begin = task * kRankRows, rows = std::min(n - begin, kRankRows);
       for (int64_t i = 0; i < rows; ++i) {
         x_.load(set.index(begin + i), row);
-        for (int64_t f = 0; f < d; ++f) x[i * d + f] = static_cast<C>(row[f]);
+        for (int64_t f = 0; f < d; ++f) turned[f * kRankRows + i] = static_cast<C>(row[f]);
       }
-      matmul(product, {x, rows, d, d, 1}, {matrix.data(), d, d, d, 1}, product, d);
-      for (int64_t i = 0; i < rows; ++i)
-        add_scaled(product + i * d, accumulator + (set.index(begin + i) - first_row) * d);
+      add_product(turned, kRankRows, rows, matrix.right, [&](int64_t i) { return target(begin + i); });
     });
   }
 
-  template <typename C>
-  void add_scaled(const C* src, T* dst) const {
-    const C scale = static_cast<C>(rank_);
-    for (int64_t f = 0; f < p_.dim; ++f) dst[f] += static_cast<T>(scale * src[f]);
+  // target(i) += rank_ * (A^T B)[i]. In float64 beside float32 accumulators the products are summed apart.
+  template <typename C, typename Target>
+  void add_product(const C* a, int64_t lda, int64_t m, const PanelMatrix<C>& b, const Target& target) const {
+    const int64_t ld = b.width();
+    std::vector<C*> rows(static_cast<size_t>(m));
+    if constexpr (std::is_same_v<C, T>) {
+      for (int64_t i = 0; i < m; ++i) rows[static_cast<size_t>(i)] = target(i);
+      accumulate_product(a, lda, m, b, static_cast<C>(rank_), rows.data());
+    } else {
+      Buffer<C> product;
+      product.reserve_zeroed(m * ld);
+      for (int64_t i = 0; i < m; ++i) rows[static_cast<size_t>(i)] = product.data() + i * ld;
+      accumulate_product(a, lda, m, b, static_cast<C>(rank_), rows.data());
+      for (int64_t i = 0; i < m; ++i) {
+        T* dst = target(i);
+        for (int64_t f = 0; f < ld; ++f) dst[f] += static_cast<T>(product[i * ld + f]);
+      }
+    }
   }
 
-  void rank_gradient_of(const RowSet& set, const double* saved, bool steep, T* accumulator,
+  void rank_gradient_of(const RowSet& set, const double* saved, bool steep, RankWorkspace& ws, T* accumulator,
                         int64_t first_row) const {
     // A steep spectrum leaves small differences of large terms, which only float64 keeps; so do features (without
     // normalization) whose inverse squares leave the range of float32.
@@ -183,32 +211,35 @@ class Backward {
     for (int64_t i = 0; i < side; ++i) largest = std::max(largest, std::abs(saved[i * side + i]));
     const bool in_range = largest < 0x1p100 && largest > 0x1p-100;
     if (steep || !in_range || sizeof(T) == 8) {
-      rank_gradient<double>(set, saved, accumulator, first_row);
+      rank_gradient(set, saved, ws.wide, accumulator, first_row);
     } else {
-      rank_gradient<float>(set, saved, accumulator, first_row);
+      rank_gradient(set, saved, ws.narrow, accumulator, first_row);
     }
   }
 
   void add_permuted_ranks() {
     const int64_t side = dim_side(p_);
-    T* all = all_rows_.reserve_zeroed(p_.rows() * p_.dim);
+    T* all = all_rows_.reserve_zeroed(p_.rows() * padded(p_.dim));
     if (rank_ == 0.0) return;
+    std::vector<RankWorkspace> workspaces(static_cast<size_t>(max_workers()));
     // Every row stands at one position only: positions are independent.
-    for_each_task(p_.positions, p_.rows() * p_.dim * side, [&](int64_t j, int64_t) {
+    for_each_task(p_.positions, p_.rows() * p_.dim * side, [&](int64_t j, int64_t worker) {
       const RowSet set{&x_, int_ + index_at_.permutation() + j * p_.images, 0, p_.images, false};
-      rank_gradient_of(set, saved_dim_ + j * side * side, int_[index_at_.steep() + j] != 0, all, 0);
+      rank_gradient_of(set, saved_dim_ + j * side * side, int_[index_at_.steep() + j] != 0,
+                       workspaces[static_cast<size_t>(worker)], all, 0);
     });
   }
 
   void group(int64_t g) {
-    const int64_t begin = p_.group_begin(g), end = p_.group_end(g), n = end - begin, d = p_.dim;
+    const int64_t begin = p_.group_begin(g), end = p_.group_end(g), n = end - begin, ld = padded(p_.dim);
     T* sum = nullptr;
     if (p_.variant == Variant::kEvaluation) {
-      sum = all_rows_.data() + begin * d;
+      sum = all_rows_.data() + begin * ld;
     } else {
-      sum = group_rows_.reserve_zeroed(n * d);
+      sum = group_rows_.reserve_zeroed(n * ld);
       if (rank_ != 0.0 && !rows_side()) {
-        rank_gradient_of({&x_, nullptr, begin, n, false}, saved_dim_, int_[index_at_.steep()] != 0, sum, begin);
+        rank_gradient_of({&x_, nullptr, begin, n, false}, saved_dim_, int_[index_at_.steep()] != 0, rank_work_,
+                         sum, begin);
       } else if (rank_ != 0.0) {
         add_rows_side_rank(begin, n, sum);
       }
@@ -219,13 +250,14 @@ class Backward {
 
   // Fewer rows than features in all: the gradient's matrix is M x M, of which this group takes its rows.
   void add_rows_side_rank(int64_t begin, int64_t n, T* sum) {
-    const int64_t rows = p_.rows(), d = p_.dim;
+    const int64_t rows = p_.rows(), ld = padded(p_.dim);
     if (rank_rows_.data() == nullptr) {
-      T* all = rank_rows_.reserve_zeroed(rows * d);
-      rank_gradient_of({&x_, nullptr, 0, rows, false}, saved_dim_, int_[index_at_.steep()] != 0, all, 0);
+      T* all = rank_rows_.reserve_zeroed(rows * ld);
+      rank_gradient_of({&x_, nullptr, 0, rows, false}, saved_dim_, int_[index_at_.steep()] != 0, rank_work_, all,
+                       0);
     }
-    const T* own = rank_rows_.data() + begin * d;
-    for (int64_t i = 0; i < n * d; ++i) sum[i] += own[i];
+    const T* own = rank_rows_.data() + begin * ld;
+    for (int64_t i = 0; i < n * ld; ++i) sum[i] += own[i];
   }
 
   void add_radii(int64_t g, T* sum, int64_t first_row) {
@@ -281,24 +313,24 @@ class Backward {
       double* grad = x + d;
       for (int64_t i = begin + task * kRows; i < std::min(end, begin + (task + 1) * kRows); ++i) {
         x_.load(i, x);
-        const T* partial = sum + (i - begin) * d;
-        for (int64_t f = 0; f < d; ++f) grad[f] = static_cast<double>(partial[f]);
+        const T* partial = sum + (i - begin) * padded(d);
         const int64_t nearest = int_[index_at_.nearest() + i];
         const double distance = real_[rows_at_.distance() + i];
+        const T* centroid = nullptr;
+        double to_centroid = 0.0, to_mean = 0.0;
         if (nearest >= 0 && distance > 0.0) {
           // d(dist)/dx = (x - c) / dist; d(dist^2)/dx = 2 (x - c).
-          const double weight = p_.variant == Variant::kPaper
-                                    ? 2.0 * inter_ / static_cast<double>(index.size(global_labels_[i]))
-                                    : inter_ / (static_cast<double>(n) * distance);
-          const T* centroid = centroids_ + (g * k + nearest) * d;
-          for (int64_t f = 0; f < d; ++f) grad[f] += weight * (x[f] - static_cast<double>(centroid[f]));
+          to_centroid = p_.variant == Variant::kPaper
+                            ? 2.0 * inter_ / static_cast<double>(index.size(global_labels_[i]))
+                            : inter_ / (static_cast<double>(n) * distance);
+          centroid = centroids_ + (g * k + nearest) * d;
         }
         if (spread != 0.0) {
-          double square = 0.0;
-          for (int64_t f = 0; f < d; ++f) square += (x[f] - mean[f]) * (x[f] - mean[f]);
-          const double inverse = square > 0.0 ? spread / std::sqrt(square) : 0.0;
-          for (int64_t f = 0; f < d; ++f) grad[f] += inverse * (x[f] - mean[f]) - spread * mean_direction[f];
+          const double square = squared_distance(x, mean, d);
+          to_mean = square > 0.0 ? spread / std::sqrt(square) : 0.0;
         }
+        add_distances(partial, x, to_centroid, centroid, to_mean, spread != 0.0 ? mean : nullptr, spread,
+                      mean_direction, grad, d);
         if (p_.normalize) normalization_jacobian(real_[rows_at_.scale() + i], x, grad);
         store_run(x_.dtype, grad, d, out_row(i));
       }
@@ -313,8 +345,7 @@ class Backward {
       std::fill(grad, grad + d, 0.0);
       return;
     }
-    axpy(-dot(x, grad, d), x, grad, d);
-    for (int64_t f = 0; f < d; ++f) grad[f] *= scale;
+    axpy_scale(-dot(x, grad, d), x, scale, grad, d);
   }
 
   Problem p_;
@@ -335,7 +366,8 @@ class Backward {
   double inter_ = 0.0, image_ = 0.0, batch_ = 0.0, rank_ = 0.0, spread_ = 0.0;
   int64_t inter_terms_ = 0;
   std::vector<ClusterIndex> local_, global_;
-  Buffer<T> group_rows_, all_rows_, rank_rows_;
+  RankWorkspace rank_work_;
+  Buffer<T> group_rows_, all_rows_, rank_rows_;  // rows of padded(d) elements
 };
 
 double scalar_at(const Tensor& t, int64_t i) {

@@ -242,7 +242,7 @@ class Forward {
   // while the others go through the clusters.
   double rank_and_radii() {
     StreamedRank rank;
-    rank.measure({&x_, nullptr, 0, p_.rows(), false});
+    rank.measure({&x_, nullptr, 0, p_.rows(), false}, kExact);
     measure_clusters([&] { rank.decompose(save_); });
     bool steep = false;
     const double value = rank.finish(kExact, save_ ? matrices() : nullptr, &steep);

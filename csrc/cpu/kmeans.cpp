@@ -10,6 +10,8 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/products.h"
+
 namespace dse::cpu {
 namespace {
 

@@ -82,9 +82,9 @@ Tensor backward(const Tensor& grad, const Tensor& x, const Tensor& labels, const
   Buffer<double> row(d);
   for (int64_t g = 0; g < groups; ++g) {
     const ClusterIndex& own = index[static_cast<size_t>(g)];
-    T* rows = sum.reserve_zeroed(n * d);
+    T* rows = sum.reserve_zeroed(n * padded(d));
     if (forms[g * k] < 0) {
-      std::fill_n(rows, n * d, std::numeric_limits<T>::quiet_NaN());
+      std::fill_n(rows, n * padded(d), std::numeric_limits<T>::quiet_NaN());
     } else {
       for_each_task(k, n * n * d / k, [&](int64_t c, int64_t worker) {
         double weight = 0.0;
@@ -98,7 +98,7 @@ Tensor backward(const Tensor& grad, const Tensor& x, const Tensor& labels, const
       });
     }
     for (int64_t i = 0; i < n; ++i) {
-      for (int64_t f = 0; f < d; ++f) row[f] = static_cast<double>(rows[i * d + f]);
+      for (int64_t f = 0; f < d; ++f) row[f] = static_cast<double>(rows[i * padded(d) + f]);
       store_run(features.dtype, row.data(), d, out_data + (g * n + i) * d * features.element_size);
     }
   }

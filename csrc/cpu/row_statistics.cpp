@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/products.h"
 #include "cpu/spectrum.h"
 
 namespace dse::cpu {

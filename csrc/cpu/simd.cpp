@@ -39,36 +39,6 @@ DSE_INLINE T horizontal_sum(const typename VecOf<T>::type& v) {
   return total;
 }
 
-// R rows against C columns, all accumulators in registers.
-template <typename T, int R, int C>
-DSE_INLINE void dot_tile(const T* a, const T* b, int64_t ld, T* out, int64_t ldo) {
-  using V = typename VecOf<T>::type;
-  constexpr int64_t kLanes = 32 / sizeof(T);
-  V acc[R][C] = {};
-  for (int64_t p = 0; p < ld; p += kLanes) {
-    V bv[C];
-    for (int c = 0; c < C; ++c) bv[c] = *reinterpret_cast<const V*>(b + c * ld + p);
-    for (int r = 0; r < R; ++r) {
-      const V av = *reinterpret_cast<const V*>(a + r * ld + p);
-      for (int c = 0; c < C; ++c) acc[r][c] += av * bv[c];
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) out[r * ldo + c] = horizontal_sum<T>(acc[r][c]);
-}
-
-template <typename T>
-DSE_INLINE void row_dots_impl(const T* a, int64_t m, const T* b, int64_t k, int64_t ld, T* out, int64_t ldo) {
-  int64_t i = 0;
-  for (; i + 4 <= m; i += 4) {
-    int64_t c = 0;
-    for (; c + 3 <= k; c += 3) dot_tile<T, 4, 3>(a + i * ld, b + c * ld, ld, out + i * ldo + c, ldo);
-    for (; c < k; ++c) dot_tile<T, 4, 1>(a + i * ld, b + c * ld, ld, out + i * ldo + c, ldo);
-  }
-  for (; i < m; ++i)
-    for (int64_t c = 0; c < k; ++c) dot_tile<T, 1, 1>(a + i * ld, b + c * ld, ld, out + i * ldo + c, ldo);
-}
-
 template <typename T>
 DSE_INLINE void squared_distances_impl(const T* a, int64_t m, const T* c, int64_t ld, T* out) {
   using V = typename VecOf<T>::type;
@@ -84,32 +54,6 @@ DSE_INLINE void squared_distances_impl(const T* a, int64_t m, const T* c, int64_
     }
     out[i] = horizontal_sum<T>(acc0 + acc1);
   }
-}
-
-// 4 x 12 outer-product tile of A^T B: per row 3 vector loads, 4 broadcasts, 12 multiply-adds.
-template <int R>
-DSE_INLINE void tn_tile(const double* a, int64_t lda, const double* b, int64_t ldb, int64_t rows, double* c,
-                        int64_t ldc) {
-  using V = VecOf<double>::type;
-  V acc[R][3] = {};
-  for (int64_t r = 0; r < rows; ++r) {
-    const double* br = b + r * ldb;
-    const double* ar = a + r * lda;
-    const V b0 = *reinterpret_cast<const V*>(br);
-    const V b1 = *reinterpret_cast<const V*>(br + 4);
-    const V b2 = *reinterpret_cast<const V*>(br + 8);
-    for (int i = 0; i < R; ++i) {
-      const V av = {ar[i], ar[i], ar[i], ar[i]};
-      acc[i][0] += av * b0;
-      acc[i][1] += av * b1;
-      acc[i][2] += av * b2;
-    }
-  }
-  for (int i = 0; i < R; ++i)
-    for (int v = 0; v < 3; ++v) {
-      V* dst = reinterpret_cast<V*>(c + i * ldc + 4 * v);
-      *dst += acc[i][v];
-    }
 }
 
 DSE_INLINE float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
@@ -135,42 +79,26 @@ DSE_INLINE void load_run_impl(const S* src, int64_t stride, int64_t n, double sc
   }
 }
 
+template <typename T>
+DSE_INLINE void add_distances_impl(const T* partial, const double* x, double to_centroid, const T* centroid,
+                                   double to_mean, const double* mean, double spread, const double* direction,
+                                   double* grad, int64_t n) {
+  for (int64_t f = 0; f < n; ++f) grad[f] = static_cast<double>(partial[f]);
+  if (centroid != nullptr) {
+    for (int64_t f = 0; f < n; ++f) grad[f] += to_centroid * (x[f] - static_cast<double>(centroid[f]));
+  }
+  if (mean != nullptr) {
+    for (int64_t f = 0; f < n; ++f) grad[f] += to_mean * (x[f] - mean[f]) - spread * direction[f];
+  }
+}
+
 }  // namespace
 
-DSE_MULTIVERSION void row_dots(const float* a, int64_t m, const float* b, int64_t k, int64_t ld, float* out,
-                               int64_t ldo) {
-  row_dots_impl<float>(a, m, b, k, ld, out, ldo);
-}
-DSE_MULTIVERSION void row_dots(const double* a, int64_t m, const double* b, int64_t k, int64_t ld, double* out,
-                               int64_t ldo) {
-  row_dots_impl<double>(a, m, b, k, ld, out, ldo);
-}
 DSE_MULTIVERSION void squared_distances(const float* a, int64_t m, const float* c, int64_t ld, float* out) {
   squared_distances_impl<float>(a, m, c, ld, out);
 }
 DSE_MULTIVERSION void squared_distances(const double* a, int64_t m, const double* c, int64_t ld, double* out) {
   squared_distances_impl<double>(a, m, c, ld, out);
-}
-
-DSE_MULTIVERSION void tn_product_upper(const double* a, int64_t lda, const double* b, int64_t ldb, int64_t rows,
-                                       double* c, int64_t ldc, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-  for (int64_t j = j0; j < j1; j += 12) {
-    // Tiles wholly below the diagonal are left out.
-    int64_t i = i0;
-    for (; i + 4 <= i1 && i < j + 12; i += 4) tn_tile<4>(a + i, lda, b + j, ldb, rows, c + i * ldc + j, ldc);
-    for (; i < i1 && i < j + 12; ++i) tn_tile<1>(a + i, lda, b + j, ldb, rows, c + i * ldc + j, ldc);
-  }
-}
-
-DSE_MULTIVERSION void panel_gram_upper(const double* panels, int64_t rows, double* c, int64_t ldc, int64_t i0,
-                                       int64_t i1, int64_t j0, int64_t j1) {
-  for (int64_t j = j0; j < j1; j += kPanel) {
-    const double* b = panels + j * rows;
-    const auto a = [&](int64_t i) { return panels + i / kPanel * kPanel * rows + i % kPanel; };
-    int64_t i = i0;
-    for (; i + 4 <= i1 && i < j + kPanel; i += 4) tn_tile<4>(a(i), kPanel, b, kPanel, rows, c + i * ldc + j, ldc);
-    for (; i < i1 && i < j + kPanel; ++i) tn_tile<1>(a(i), kPanel, b, kPanel, rows, c + i * ldc + j, ldc);
-  }
 }
 
 DSE_MULTIVERSION void load_run(DType dtype, const void* src, int64_t stride, int64_t n, double scale,
@@ -244,6 +172,45 @@ DSE_MULTIVERSION double dot(const double* a, const double* b, int64_t n) {
 
 DSE_MULTIVERSION void axpy(double alpha, const double* x, double* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] += alpha * x[i];
+}
+
+DSE_MULTIVERSION void subtract(const double* y, double* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] -= y[i];
+}
+
+DSE_MULTIVERSION void subtract_and_sum(const double* y, double* x, double* sum, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] -= y[i];
+    sum[i] += x[i];
+  }
+}
+
+DSE_MULTIVERSION void add_distances(const float* partial, const double* x, double to_centroid,
+                                    const float* centroid, double to_mean, const double* mean, double spread,
+                                    const double* direction, double* grad, int64_t n) {
+  add_distances_impl(partial, x, to_centroid, centroid, to_mean, mean, spread, direction, grad, n);
+}
+DSE_MULTIVERSION void add_distances(const double* partial, const double* x, double to_centroid,
+                                    const double* centroid, double to_mean, const double* mean, double spread,
+                                    const double* direction, double* grad, int64_t n) {
+  add_distances_impl(partial, x, to_centroid, centroid, to_mean, mean, spread, direction, grad, n);
+}
+
+DSE_MULTIVERSION double squared_distance(const double* x, const double* y, int64_t n) {
+  using V = VecOf<double>::type;
+  V acc = {};
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    const V step = *reinterpret_cast<const V*>(x + i) - *reinterpret_cast<const V*>(y + i);
+    acc += step * step;
+  }
+  double total = horizontal_sum<double>(acc);
+  for (; i < n; ++i) total += (x[i] - y[i]) * (x[i] - y[i]);
+  return total;
+}
+
+DSE_MULTIVERSION void axpy_scale(double alpha, const double* x, double scale, double* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] = scale * (y[i] + alpha * x[i]);
 }
 
 }  // namespace dse::cpu

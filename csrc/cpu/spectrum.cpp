@@ -9,14 +9,14 @@
 #include <limits>
 
 #include "cpu/aten.h"
-#include "cpu/simd.h"
+#include "cpu/products.h"
 
 namespace dse::cpu {
 namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr int64_t kStreamRows = 128;
-constexpr int64_t kTile = 96;  // columns of one task of a streamed Gram matrix, a multiple of 12
+constexpr int64_t kTile = 96;  // columns of one task of a streamed Gram matrix, a multiple of kGramPanel
 
 // Smallest eigenvalue ratio of a float64 Gram matrix that still gives singular vectors accurate to about 1e-6
 // (float32 results) and 1e-9 (float64 results).
@@ -125,30 +125,24 @@ void cut_noise(double* sigma, int64_t m, int64_t n, int64_t d, double floor) {
 double gather_rows(const RowSet& set, double* out, int64_t ld) {
   const int64_t d = set.x->dim, n = set.n;
   double squares = 0.0;
+  Buffer<double> work(2 * d);
+  double* origin = work.data();
+  double* mean = origin + d;
+  std::fill(mean, mean + d, 0.0);
   for (int64_t i = 0; i < n; ++i) {
     double* row = out + i * ld;
     set.x->load(set.index(i), row);
     std::fill(row + d, row + ld, 0.0);
     squares += sum_of_squares(row, d);
-  }
-  if (set.center && n > 0) {
+    if (!set.center) continue;
     // Relative to the first row first: equal rows become exactly zero, whatever their number.
-    Buffer<double> work(2 * d);
-    double* origin = work.data();
-    double* mean = origin + d;
-    std::copy_n(out, d, origin);
-    std::fill(mean, mean + d, 0.0);
-    for (int64_t i = 0; i < n; ++i) {
-      double* row = out + i * ld;
-      for (int64_t f = 0; f < d; ++f) row[f] -= origin[f];
-      for (int64_t f = 0; f < d; ++f) mean[f] += row[f];
-    }
-    const double inverse = 1.0 / static_cast<double>(n);
+    if (i == 0) std::copy_n(row, d, origin);
+    subtract_and_sum(origin, row, mean, d);
+  }
+  if (set.center) {
+    const double inverse = 1.0 / static_cast<double>(std::max<int64_t>(n, 1));
     for (int64_t f = 0; f < d; ++f) mean[f] *= inverse;
-    for (int64_t i = 0; i < n; ++i) {
-      double* row = out + i * ld;
-      for (int64_t f = 0; f < d; ++f) row[f] -= mean[f];
-    }
+    for (int64_t i = 0; i < n; ++i) subtract(mean, out + i * ld, d);
   }
   return std::sqrt(squares / static_cast<double>(std::max<int64_t>(n, 1)));
 }
@@ -177,10 +171,11 @@ namespace {
 // Calls put(block, i, row) for every centred row of a block of `block_rows` (in parallel), then consume(block,
 // rows), block after block; `block` has block_rows * ld elements. Returns the rows' root mean square norm before
 // centring.
-template <typename Put, typename Consume>
+template <typename P, typename Put, typename Consume>
 double stream_blocks(const RowSet& set, int64_t block_rows, int64_t ld, const Put& put, const Consume& consume) {
   const int64_t d = set.x->dim, n = set.n;
-  Buffer<double> mean(d), block(block_rows * ld), norms(block_rows), row_work(max_workers() * d);
+  Buffer<double> mean(d), norms(block_rows), row_work(max_workers() * d);
+  Buffer<P> block(block_rows * ld);
   if (set.center) column_means(set, mean.data());
   double squares = 0.0;
   for (int64_t begin = 0; begin < n; begin += block_rows) {
@@ -210,7 +205,7 @@ void streamed_triangle(const RowSet& set, double* r) {
   const auto put = [&](double* block, int64_t, int64_t i, const double* row) {
     std::copy_n(row, d, block + i * ld);
   };
-  stream_blocks(set, block_rows, ld, put, [&](const double* block, int64_t rows) {
+  stream_blocks<double>(set, block_rows, ld, put, [&](const double* block, int64_t rows) {
     std::copy_n(block, rows * ld, stack.data() + height * ld);
     const int64_t total = height + rows;
     if (total < d) {
@@ -225,34 +220,85 @@ void streamed_triangle(const RowSet& set, double* r) {
 
 }  // namespace
 
-void gram_matrix(const RowSet& set, double* gram, double* magnitude) {
-  const int64_t d = set.x->dim, n = set.n, m = std::min(n, d), ldg = gram_ld(m);
-  std::fill(gram, gram + m * ldg, 0.0);
-  if (n > d) {
-    // The two operands of one tile, 2 * kTile columns of a block, fit a core's cache.
-    constexpr int64_t block_rows = 160;
-    const auto put = [&](double* panels, int64_t rows, int64_t i, const double* row) {
-      for (int64_t f = 0; f < d; f += kPanel) {
-        double* out = panels + f * rows + i * kPanel;
-        const int64_t width = std::min(kPanel, d - f);
-        std::copy_n(row + f, width, out);
-        std::fill(out + width, out + kPanel, 0.0);
-      }
-    };
-    *magnitude = stream_blocks(set, block_rows, ldg, put, [&](const double* panels, int64_t rows) {
-      for_each_upper_tile(d, d * d * rows / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-        panel_gram_upper(panels, rows, gram, ldg, i0, i1, j0, j1);
-      });
+namespace {
+
+// Leading dimension of a streamed Gram matrix, for panels of either width.
+int64_t stream_ld(int64_t m) { return narrow_ld(m); }
+
+// Gram matrix of the columns of a set of n > d rows, upper triangle; all threads. P is the type of the products.
+template <typename P>
+double column_gram(const RowSet& set, double* gram) {
+  constexpr int64_t kPanel = sizeof(P) == 8 ? kGramPanel : kNarrowPanel;
+  // The two operands of one tile, 2 * kTile columns of a block, fit a core's cache.
+  constexpr int64_t block_rows = 160;
+  const int64_t d = set.x->dim, ldg = stream_ld(d);
+  std::fill(gram, gram + d * ldg, 0.0);
+  const auto put = [&](P* panels, int64_t rows, int64_t i, const double* row) {
+    for (int64_t f = 0; f < d; f += kPanel) {
+      P* out = panels + f * rows + i * kPanel;
+      const int64_t width = std::min(kPanel, d - f);
+      for (int64_t j = 0; j < width; ++j) out[j] = static_cast<P>(row[f + j]);
+      std::fill(out + width, out + kPanel, P(0));
+    }
+  };
+  return stream_blocks<P>(set, block_rows, ldg, put, [&](const P* panels, int64_t rows) {
+    for_each_upper_tile(d, d * d * rows / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+      panel_gram_upper(panels, rows, gram, ldg, i0, i1, j0, j1);
     });
-    return;
-  }
+  });
+}
+
+// Gram matrix of the rows of a set of n <= d rows.
+double row_gram(const RowSet& set, double* gram) {
+  const int64_t d = set.x->dim, n = set.n, ldg = stream_ld(n);
+  std::fill(gram, gram + n * ldg, 0.0);
   Buffer<double> matrix(n * d), turned(d * ldg);
-  *magnitude = gather_rows(set, matrix.data(), d);
+  const double magnitude = gather_rows(set, matrix.data(), d);
   transpose(matrix.data(), n, d, d, turned.data(), ldg);
   for_each_upper_tile(n, n * n * d / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
     tn_product_upper(turned.data(), ldg, turned.data(), ldg, d, gram, ldg, i0, i1, j0, j1);
   });
+  return magnitude;
 }
+
+// Smallest eigenvalue, in units of the mean one, above which the float32 products of column_gram change the
+// gradient by less than 2e-4.
+constexpr double kNarrowGramFloor = 5e-4;
+// Condition number up to which float32 eigenvectors do the same.
+constexpr double kNarrowEigenCondition = 2000.0;
+
+// Largest eigenvalue of a symmetric positive semidefinite matrix, from below, by a few power iterations.
+double largest_eigenvalue(const double* gram, int64_t m, int64_t ld) {
+  constexpr int kIterations = 6;
+  Buffer<double> work(2 * m);
+  double* v = work.data();
+  double* w = v + m;
+  // The row of the largest diagonal entry: it leans towards the dominant eigenvector.
+  int64_t start = 0;
+  for (int64_t i = 1; i < m; ++i)
+    if (gram[i * ld + i] > gram[start * ld + start]) start = i;
+  std::copy_n(gram + start * ld, m, v);
+  double value = 0.0;
+  for (int iteration = 0; iteration < kIterations; ++iteration) {
+    const double norm = std::sqrt(sum_of_squares(v, m));
+    if (!(norm > 0.0)) return 0.0;
+    for (int64_t i = 0; i < m; ++i) v[i] /= norm;
+    for (int64_t i = 0; i < m; ++i) w[i] = dot(gram + i * ld, v, m);
+    value = dot(v, w, m);
+    std::swap(v, w);
+  }
+  return value;
+}
+
+// Whether the matrix minus shift * identity is positive definite, in float32.
+bool exceeds(const double* gram, int64_t m, int64_t ld, double shift, float* work) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < m; ++j) work[i * m + j] = static_cast<float>(gram[i * ld + j]);
+  for (int64_t i = 0; i < m; ++i) work[i * m + i] = static_cast<float>(gram[i * ld + i] - shift);
+  return is_positive_definite(work, m, m);
+}
+
+}  // namespace
 
 namespace {
 
@@ -312,7 +358,7 @@ void decompose(Spectrum* spectra, int64_t count, bool want_vectors, SpectralWork
     ++used;
   }
   if (used == 0 ||
-      symmetric_eigen4(used, matrices, side, ld, values, want_vectors ? vectors : nullptr, ws.eigen)) {
+      symmetric_eigen_lanes(used, matrices, side, ld, values, want_vectors ? vectors : nullptr, ws.eigen)) {
     return;
   }
   for (int64_t i = 0; i < used; ++i) {
@@ -413,15 +459,29 @@ template void spectral_functions<float>(const RowSet*, int64_t, SpectralKind, Sp
 template void spectral_functions<double>(const RowSet*, int64_t, SpectralKind, SpectralTarget<double>*,
                                          SpectralWorkspace&);
 
-void StreamedRank::measure(const RowSet& set) {
+void StreamedRank::measure(const RowSet& set, bool exact) {
   set_ = set;
   m_ = std::min(set.n, set.x->dim);
-  const int64_t ldg = gram_ld(m_);
+  narrow_ = false;
+  const int64_t ldg = stream_ld(m_);
   double* gram = ws_.gram[0].reserve(m_ * ldg);
+  const bool columns = set.n > set.x->dim;
+  // Unit rows only: their squares cannot leave float32's range. Small matrices cost nothing either way.
+  bool narrow =
+      !exact && columns && set.x->unit_rows && set.x->dtype != DType::kFloat64 && m_ > kEigenLanesMaxSide;
   double magnitude = 0.0;
-  gram_matrix(set, gram, &magnitude);
+  if (narrow) {
+    magnitude = column_gram<float>(set, gram);
+    mirror_upper(gram, m_, ldg);
+    double trace = 0.0;
+    for (int64_t i = 0; i < m_; ++i) trace += gram[i * ldg + i];
+    float* work = narrow_gram_.reserve(m_ * m_);
+    narrow_ = exceeds(gram, m_, ldg, largest_eigenvalue(gram, m_, ldg) / kNarrowEigenCondition, work);
+    narrow = narrow_ || exceeds(gram, m_, ldg, kNarrowGramFloor * trace / static_cast<double>(m_), work);
+  }
+  if (!narrow) magnitude = columns ? column_gram<double>(set, gram) : row_gram(set, gram);
   floor_ = noise_floor(magnitude, set.n);
-  null_ = count_null(gram, m_, ldg, set.center && set.n <= set.x->dim);
+  null_ = count_null(gram, m_, ldg, set.center && !columns);
   mirror_upper(gram, m_, ldg);
   double trace = 0.0;
   for (int64_t i = 0; i < m_; ++i) trace += gram[i * ldg + i];
@@ -430,13 +490,22 @@ void StreamedRank::measure(const RowSet& set) {
 
 void StreamedRank::decompose(bool want_gradient) {
   if (!finite_) return;
+  const int64_t ldg = stream_ld(m_);
+  const double* gram = ws_.gram[0].data();
   double* values = ws_.spectrum[0].reserve(3 * m_);
-  symmetric_eigen(ws_.gram[0].data(), m_, gram_ld(m_), values,
-                  want_gradient ? ws_.vectors[0].reserve(m_ * m_) : nullptr);
+  double* vectors = want_gradient ? ws_.vectors[0].reserve(m_ * m_) : nullptr;
+  if (!narrow_) {
+    symmetric_eigen(gram, m_, ldg, values, vectors);
+    return;
+  }
+  float* narrow = narrow_gram_.data();
+  for (int64_t i = 0; i < m_; ++i)
+    for (int64_t j = 0; j < m_; ++j) narrow[i * m_ + j] = static_cast<float>(gram[i * ldg + j]);
+  symmetric_eigen(narrow, m_, m_, values, vectors);
 }
 
 double StreamedRank::finish(bool exact, double* gradient, bool* steep) {
-  const int64_t d = set_.x->dim, n = set_.n, ldg = gram_ld(m_);
+  const int64_t d = set_.x->dim, n = set_.n, ldg = stream_ld(m_);
   *steep = false;
   if (!finite_) {  // squares overflow: no number can be given
     const double nan = std::numeric_limits<double>::quiet_NaN();

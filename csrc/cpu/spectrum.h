@@ -6,7 +6,7 @@
 
 #include "common/problem.h"
 #include "common/spectral.h"
-#include "cpu/eigen4.h"
+#include "cpu/eigen_lanes.h"
 #include "cpu/features.h"
 #include "cpu/parallel.h"
 
@@ -40,7 +40,7 @@ struct SpectralWorkspace {
   Buffer<double> spectrum[kEigenLanes];  // eigenvalues, singular values, weights
   Buffer<double> scaled;                 // two operands of the weighted product
   Buffer<double> factors;                // singular vectors, in the exact path
-  Eigen4Workspace eigen;
+  EigenLanesWorkspace eigen;
 };
 
 // Rows summed by one task of a reduction over n rows: fixed by n alone, so that the order of additions does not
@@ -54,10 +54,6 @@ void column_means(const RowSet& set, double* mean);
 // Returns the root mean square norm of the rows before centring.
 double gather_rows(const RowSet& set, double* out, int64_t ld);
 
-// Gram matrix of the smaller side of `set` in float64 (rows x rows for n <= d, else d x d), upper triangle, ld
-// gram_ld(m); streams blocks of rows and uses all threads. `magnitude` receives the rows' root mean square norm.
-void gram_matrix(const RowSet& set, double* gram, double* magnitude);
-
 // Values and gradient matrices of one spectral function of up to kEigenLanes matrices, best of similar size.
 template <typename T>
 void spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, SpectralTarget<T>* targets,
@@ -66,9 +62,15 @@ void spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, Sp
 // Effective rank of a matrix that is not held in memory, in three steps: the Gram matrix (all threads, one pass
 // over the rows), its eigendecomposition (one thread, LAPACK: the caller may have other work for the others),
 // and the value with the m x m float64 matrix of its gradient, m = min(n, d).
+//
+// Precision follows the spectrum. A Gram matrix with float32 products, summed over blocks of rows and then in
+// float64, has errors of about 2e-9 of its trace, and float32 eigenvectors are off by about 1e-7 times the
+// condition number; a float32 Cholesky factorization of the matrix minus a multiple of the identity tells
+// beforehand whether the smallest eigenvalue is far enough above that (docs/definitions.md).
 class StreamedRank {
  public:
-  void measure(const RowSet& set);
+  // `exact`: float64 all the way.
+  void measure(const RowSet& set, bool exact);
   void decompose(bool want_gradient);
   // `exact`: the value needs full float64 accuracy. `gradient` may be null. `steep` receives whether products
   // with the gradient's matrix have to run in float64.
@@ -76,7 +78,7 @@ class StreamedRank {
 
   // All three.
   double run(const RowSet& set, bool exact, double* gradient, bool* steep) {
-    measure(set);
+    measure(set, exact);
     decompose(gradient != nullptr);
     return finish(exact, gradient, steep);
   }
@@ -86,6 +88,8 @@ class StreamedRank {
   int64_t m_ = 0, null_ = 0;
   double floor_ = 0.0;
   bool finite_ = true;
+  bool narrow_ = false;  // float32 eigenvectors are accurate enough
+  Buffer<float> narrow_gram_;
   SpectralWorkspace ws_;
 };
 

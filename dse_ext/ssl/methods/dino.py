@@ -34,6 +34,7 @@ class DINOOptions:
         local_scale: Least share of the image's area in a small view; its greatest share is
             ``global_scale``.
         color_jitter: Strength of the colour jitter.
+        gray_scale: Probability that a view loses its colours.
         blur: Greatest standard deviation of the Gaussian blur, in pixels of a view.
         momentum: Momentum of the teacher at the first step; rises to 1 along a cosine.
         teacher_temp: Temperature of the teacher.
@@ -53,6 +54,7 @@ class DINOOptions:
     global_scale: float = 0.4
     local_scale: float = 0.05
     color_jitter: float = 0.5
+    gray_scale: float = 0.2
     blur: float = 2.0
     momentum: float = 0.996
     teacher_temp: float = 0.04
@@ -73,7 +75,13 @@ class DINOOptions:
         for name in ("teacher_temp", "warmup_teacher_temp", "student_temp", "blur"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"method option {name} must be > 0, got {getattr(self, name)}.")
-        for name in ("momentum", "center_momentum", "warmup_teacher_steps", "freeze_last_layer"):
+        for name in (
+            "momentum",
+            "center_momentum",
+            "warmup_teacher_steps",
+            "freeze_last_layer",
+            "gray_scale",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(
                     f"method option {name} must lie in [0, 1], got {getattr(self, name)}."
@@ -148,6 +156,7 @@ class DINO(Method):
             local_crop_scale=(o.local_scale, o.global_scale),
             n_local_views=o.local_views,
             cj_strength=o.color_jitter,
+            random_gray_scale=o.gray_scale,
             sigmas=(0.1, o.blur),
         )
         return views

@@ -1,4 +1,4 @@
-// Eigendecompositions of up to four small symmetric matrices at once, one in each SIMD lane.
+// Eigendecompositions of up to eight small symmetric matrices at once, one in each SIMD lane.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +7,11 @@
 
 namespace dse::cpu {
 
-inline constexpr int64_t kEigenLanes = 4;
-// Above this side, four interleaved matrices outgrow the caches and a LAPACK call each is faster.
-inline constexpr int64_t kEigenLanesMaxSide = 176;
+inline constexpr int64_t kEigenLanes = 8;
+// Above this side, eight interleaved matrices outgrow the caches and a LAPACK call each is faster.
+inline constexpr int64_t kEigenLanesMaxSide = 160;
 
-struct Eigen4Workspace {
+struct EigenLanesWorkspace {
   Buffer<double> matrix;   // side x side x lanes
   Buffer<double> rows;     // the same, if eigenvectors are wanted
   Buffer<double> vectors;  // a few arrays of side x lanes
@@ -21,7 +21,7 @@ struct Eigen4Workspace {
 // eigenvalues values[lane][0 .. n), ascending, and, unless `vectors` is null, eigenvectors
 // vectors[lane][i * n .. (i + 1) * n). Lanes beyond `count` are idle. Returns false if an iteration did not
 // converge (then no result is to be used).
-bool symmetric_eigen4(int64_t count, const double* const* matrices, const int64_t* n, const int64_t* ld,
-                      double* const* values, double* const* vectors, Eigen4Workspace& ws);
+bool symmetric_eigen_lanes(int64_t count, const double* const* matrices, const int64_t* n, const int64_t* ld,
+                           double* const* values, double* const* vectors, EigenLanesWorkspace& ws);
 
 }  // namespace dse::cpu
