@@ -262,7 +262,7 @@ double row_gram(const RowSet& set, double* gram) {
 }
 
 // Smallest eigenvalue, in units of the mean one, above which the float32 products of column_gram change the
-// gradient by less than 2e-4.
+// gradient by less than 3e-4.
 constexpr double kNarrowGramFloor = 5e-4;
 // Condition number up to which float32 eigenvectors do the same.
 constexpr double kNarrowEigenCondition = 2000.0;

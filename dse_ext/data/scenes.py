@@ -33,8 +33,8 @@ class TextureScenes(Dataset[tuple[Any, Tensor]]):
     that ship inside the scikit-image and scikit-learn wheels; nothing is downloaded. The
     training and held-out splits read disjoint parts of every photograph.
 
-    Mean colour and contrast of each region are drawn from distributions that do not depend on
-    the class, so that neither gives the class away: what is left is texture.
+    The mean colour of a region lies halfway between its photograph's and one that is drawn
+    without regard to the class, as is its contrast: colour is a hint, texture decides.
 
     Examples:
         >>> from dse_ext.data import TextureScenes
