@@ -24,8 +24,8 @@ def power_law(exponent: float, offset: float) -> Tensor:
     return (rows @ orthogonal(d, seed=4).double()).float()
 
 
-# A flat spectrum takes float32 all the way; a dominant mean spoils the condition number, so that the
-# eigenvectors are float64; the steep ones are float64 throughout.
+# A flat spectrum takes float32 all the way; a dominant mean spoils the condition number, so that
+# the eigenvectors are float64; the steep ones are float64 throughout.
 @pytest.mark.parametrize("offset", [0.0, 1.0, 10.0])
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0])
 def test_effective_rank_of_power_laws(exponent: float, offset: float) -> None:
