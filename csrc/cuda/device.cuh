@@ -34,7 +34,7 @@ inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// Blocks until nothing: the kernel is queued on the stream. An empty grid is no launch.
+// Queues the kernel on the stream and returns. An empty grid is no launch.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), const Launch& where, A&&... arguments) {
   if (where.grid.x == 0 || where.grid.y == 0 || where.grid.z == 0) return;
