@@ -158,7 +158,8 @@ def _why_no_cuda(operators: list[str], devices: int) -> str | None:
     if not build["cuda"]:
         return f"the package was built without its CUDA library: {build['cuda_reason']}"
     if not operators:
-        return "the package's CUDA library was not loaded"
+        reason = ops.FAILURES.get("_cuda", "it is not in the package's folder")
+        return f"the package's CUDA library was not loaded: {reason}"
     if devices == 0:
         return "torch sees no GPU"
     return None

@@ -16,9 +16,13 @@ from torch import Tensor
 
 _HERE = Path(__file__).resolve().parent
 _OLDEST_TORCH = (2, 11)
+_IMAGE_KERNEL_POSITIONS = 256  # csrc/cuda/heuristics.h
 
 LIBRARIES: dict[str, Path] = {}
 """Native libraries that were loaded: name -> path."""
+
+FAILURES: dict[str, str] = {}
+"""Native libraries that are there but could not be loaded: name -> the loader's reason."""
 
 
 def _load() -> None:
@@ -33,6 +37,16 @@ def _load() -> None:
         )
     torch.ops.load_library(path)
     LIBRARIES["_ops"] = path
+    # The CUDA kernels need a torch that has CUDA; without one the CPU operators are all there is. A
+    # CUDA library for another major version of CUDA is no reason to lose those either.
+    path = _HERE / "_cuda.so"
+    if path.exists() and torch.version.cuda is not None:
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            FAILURES["_cuda"] = str(error)
+        else:
+            LIBRARIES["_cuda"] = path
 
 
 _load()
@@ -83,15 +97,22 @@ def _(
     if evaluation:
         indices = indices + rows
     kept = 1 if save_for_backward else 0
-    real = _real_dtype(z)
+    real = slots = _real_dtype(z)
+    local_width: int | torch.SymInt = dim
+    global_width: int | torch.SymInt = dim
+    if z.device.type == "cuda":  # csrc/cuda/heuristics.h
+        slots = torch.float64
+        by_image = positions <= _IMAGE_KERNEL_POSITIONS and k_local <= positions
+        local_width = positions if by_image else torch.sym_min(positions, dim)
+        global_width = torch.sym_min(group * positions, dim)
     components = [z.new_empty((), dtype=real) for _ in range(5)]
     return (
         *components,
         z.new_empty((images, positions), dtype=torch.int64),
         z.new_empty((images, positions), dtype=torch.int64),
         z.new_empty((groups, k_global, dim), dtype=real),
-        z.new_empty((kept * images, positions, dim), dtype=real),
-        z.new_empty((kept * images, positions, dim), dtype=real),
+        z.new_empty((kept * images, positions, local_width), dtype=slots),
+        z.new_empty((kept * images, positions, global_width), dtype=slots),
         z.new_empty((kept * matrices, side, side), dtype=torch.float64),
         z.new_empty((kept * (2 * rows + 2 * dim + 5),), dtype=torch.float64),
         z.new_empty((kept * indices,), dtype=torch.int64),
@@ -122,10 +143,14 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups, rows, dim = x.shape
     kept = groups if save_for_backward else 0
-    real = _real_dtype(x)
+    real = slots = _real_dtype(x)
+    width: int | torch.SymInt = dim
+    if x.device.type == "cuda":
+        slots = torch.float64
+        width = torch.sym_min(rows, dim)
     return (
         x.new_empty((groups, k), dtype=real),
-        x.new_empty((kept, rows, dim), dtype=real),
+        x.new_empty((kept, rows, width), dtype=slots),
         x.new_empty((kept, k), dtype=torch.int64),
     )
 

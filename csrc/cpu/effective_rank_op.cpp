@@ -6,11 +6,11 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu/arguments.h"
 #include "cpu/aten.h"
 #include "cpu/operators.h"
 #include "cpu/row_statistics.h"
 #include "cpu/spectrum.h"
-#include "cpu/validate.h"
 
 namespace dse::cpu {
 namespace {
@@ -102,21 +102,10 @@ Tensor backward(const Tensor& grad, const Tensor& x, const Tensor& saved, const 
   return out;
 }
 
-std::vector<int64_t> shape_vector(const Tensor& x, int64_t axes) {
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < axes; ++i) shape.push_back(x.size(i));
-  return shape;
-}
-
-// (..., n, d) as (P, n, d).
 Tensor as_matrices(const Tensor& x) {
   require_cpu(x, "x");
   dtype_of(x, "x");
-  if (x.dim() < 2) reject("x must have shape (..., n, d), got ", shape_of(x), ".");
-  if (x.numel() == 0) reject("x must have no empty axis, got shape ", shape_of(x), ".");
-  const int64_t n = x.size(x.dim() - 2), d = x.size(x.dim() - 1);
-  const std::array<int64_t, 3> shape{x.numel() / (n * d), n, d};
-  return torch::stable::reshape(x, {shape.data(), 3});
+  return flatten_matrices(x);
 }
 
 }  // namespace
@@ -126,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> effective_rank(const Tensor& x, bool center, 
   auto [ranks, saved, form] = x.scalar_type() == ScalarType::Double
                                   ? forward<double>(matrices, center, save_for_backward)
                                   : forward<float>(matrices, center, save_for_backward);
-  const std::vector<int64_t> leading = shape_vector(x, x.dim() - 2);
+  const std::vector<int64_t> leading = leading_shape(x, x.dim() - 2);
   return {torch::stable::view(ranks, {leading.data(), leading.size()}), saved, form};
 }
 
@@ -144,7 +133,7 @@ Tensor effective_rank_backward(const Tensor& grad, const Tensor& x, const Tensor
   const Tensor out = x.scalar_type() == ScalarType::Double
                          ? backward<double>(flat, matrices, saved, saved_form, center)
                          : backward<float>(flat, matrices, saved, saved_form, center);
-  const std::vector<int64_t> shape = shape_vector(x, x.dim());
+  const std::vector<int64_t> shape = leading_shape(x, x.dim());
   return torch::stable::view(out, {shape.data(), shape.size()});
 }
 

@@ -1,42 +1,10 @@
-// The CPU kernels of every operator of csrc/ops.cpp.
+// The CPU kernels of every operator of csrc/common/schemas.h.
 #pragma once
 
-#include <cstdint>
-#include <optional>
-#include <string>
-#include <tuple>
-
-#include <torch/csrc/stable/tensor.h>
+#include "common/operators.h"
 
 namespace dse::cpu {
 
-using torch::stable::Tensor;
-
-using DseOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                              Tensor, Tensor, Tensor>;
-
-DseOutputs dse_components(const Tensor& z, const Tensor& seed, std::string variant, int64_t local_clusters,
-                          int64_t global_clusters, std::optional<int64_t> group_images, bool normalize,
-                          int64_t max_kmeans_iters, double tol, std::optional<Tensor> local_labels,
-                          std::optional<Tensor> global_labels, std::optional<Tensor> global_centroids,
-                          bool save_for_backward);
-
-Tensor dse_components_backward(const Tensor& grad_components, const Tensor& z, const Tensor& local_labels,
-                               const Tensor& global_labels, const Tensor& global_centroids,
-                               const Tensor& saved_local, const Tensor& saved_global, const Tensor& saved_dim,
-                               const Tensor& saved_rows, const Tensor& saved_index, std::string variant,
-                               int64_t local_clusters, int64_t group_images, bool normalize);
-
-std::tuple<Tensor, Tensor, Tensor> kmeans_op(const Tensor& x, int64_t k, const Tensor& seed, int64_t max_iters,
-                                             double tol);
-
-std::tuple<Tensor, Tensor, Tensor> cluster_nuclear_norms(const Tensor& x, const Tensor& labels, int64_t k,
-                                                         bool save_for_backward);
-Tensor cluster_nuclear_norms_backward(const Tensor& grad, const Tensor& x, const Tensor& labels,
-                                      const Tensor& saved, const Tensor& saved_form);
-
-std::tuple<Tensor, Tensor, Tensor> effective_rank(const Tensor& x, bool center, bool save_for_backward);
-Tensor effective_rank_backward(const Tensor& grad, const Tensor& x, const Tensor& saved, const Tensor& saved_form,
-                               bool center);
+DSE_DECLARE_OPERATORS
 
 }  // namespace dse::cpu

@@ -852,26 +852,4 @@ void run_second_moment(const FeatureView<S>& x, int64_t begin, int64_t end, cons
   launch(second_moment_sum, {dim3(packed), dim3(kMatrixTileThreads), 0, stream}, partials, splits, x.dim, c);
 }
 
-// --- Features as float64 --------------------------------------------------------------------------------------
-
-// Grid (rows): out (rows x d) = the scaled, centred features; for products by the library (X X^T). One read of
-// the features and 8 bytes written a feature: 10 bytes in bfloat16, 2.3 ps each at 4.3 TB/s.
-template <class S>
-__global__ void __launch_bounds__(256)
-    cast_rows(FeatureView<S> x, int64_t begin, const double* mean, double* out) {
-  const int64_t i = begin + blockIdx.x;
-  const S* row = x.row(i);
-  const double scale = x.scale(i);
-  double* to = out + int64_t{blockIdx.x} * x.dim;
-  for (int64_t f = thread_id(); f < x.dim; f += block_threads()) {
-    to[f] = to_double(row[f * x.stride_dim]) * scale - (mean != nullptr ? mean[f] : 0.0);
-  }
-}
-
-template <class S>
-void run_cast_rows(const FeatureView<S>& x, int64_t begin, int64_t end, const double* mean, double* out,
-                   cudaStream_t stream) {
-  launch(cast_rows<S>, {dim3(static_cast<unsigned>(end - begin)), dim3(256), 0, stream}, x, begin, mean, out);
-}
-
 }  // namespace dse::cuda

@@ -2,6 +2,7 @@
 #include "cuda/backward.cuh"
 #include "cuda/image_kernel.cuh"
 #include "cuda/kmeans.cuh"
+#include "cuda/matrices.cuh"
 #include "cuda/matrix_functions.cuh"
 #include "cuda/row_statistics.cuh"
 
@@ -20,7 +21,8 @@ namespace dse::cuda {
                                   cudaStream_t);                                                            \
   template void run_second_moment<S>(const FeatureView<S>&, int64_t, int64_t, const double*, int, void*,    \
                                      double*, cudaStream_t);                                                \
-  template void run_cast_rows<S>(const FeatureView<S>&, int64_t, int64_t, const double*, double*, cudaStream_t);
+  template void run_gather_rows<S>(const FeatureView<S>&, const int64_t*, int64_t, int64_t, const double*,  \
+                                   int64_t, double*, cudaStream_t);
 
 DSE_FOR(double, double)
 DSE_FOR(float, float)
@@ -35,6 +37,12 @@ template void run_gradient_weights<double>(const GradientWeightArgs<double>&, cu
 // Not templates: a use is what makes the compiler emit them.
 void use(const Clusters& clusters, const double* matrix, void* workspace, double* value, cudaStream_t stream) {
   run_cluster_index(clusters, stream);
+  GramRanks ranks;
+  run_small_ranks(ranks, 1, stream);
+  run_prepare_eigen(ranks, 1, value, nullptr, stream);
+  run_eigen_ranks(ranks, 1, value, nullptr, stream);
+  run_scale_columns(matrix, matrix, 1, 1, value, stream);
+  run_permute_positions(clusters.labels, 1, 1, clusters.order, stream);
   run_effective_rank(matrix, 8, workspace, 8, value, value, stream);
 }
 

@@ -1,0 +1,127 @@
+// Effective ranks of matrices of equally many rows, and the matrices of their gradients.
+#pragma once
+
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/heuristics.h"
+#include "cuda/host.h"
+#include "cuda/matrices.cuh"
+#include "cuda/matrix_functions.cuh"
+
+namespace dse::cuda {
+
+// Matrix p has rows order[p n] .. order[p n + n - 1] of the features, or p n and on.
+struct RankMatrices {
+  int64_t count = 0, n = 0;
+  const int64_t* order = nullptr;
+  bool center = false;
+  const int* finite = nullptr;  // flag of matrix p: finite[p * finite_stride]
+  int64_t finite_stride = 0;
+  double* values = nullptr;  // count
+  double* w = nullptr;       // count x m x m, m = min(n, d), or null
+};
+
+// Every matrix as one cluster of a group of its own.
+inline Clusters whole_groups(Call& call, int64_t count, int64_t n, const int64_t* order) {
+  Clusters p;
+  p.rows = count * n;
+  p.group_rows = n;
+  p.k = 1;
+  p.groups = count;
+  p.offset = call.borrow<int64_t>(2 * count);
+  p.sizes = call.borrow<int64_t>(count);
+  // The kernels that follow only read it.
+  p.order = order != nullptr ? const_cast<int64_t*>(order) : call.borrow<int64_t>(count * n);
+  run_whole_groups(count, n, p.offset, p.sizes, order != nullptr ? nullptr : p.order, call.stream);
+  return p;
+}
+
+// Eigenvalues in ascending order, and vectors as columns. torch's decomposition waits for the device and cannot
+// be captured into a graph: only float64 features with a large side come here.
+inline std::array<Tensor, 2> library_eigen(const Tensor& matrices) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(matrices),
+                                    torch::stable::detail::from(std::string("L"))};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linalg_eigh", "", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0])),
+          torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[1]))};
+}
+
+// Ranks of `count` large Gram matrices in full float64 accuracy.
+inline void library_ranks(Call& call, const Tensor& like, const GramRanks& r, int64_t count) {
+  const int64_t m = std::min(r.n, r.dim);
+  const Tensor matrices = empty(like, {count, m, m}, ScalarType::Double);
+  auto* known = call.borrow<KnownSpectrum>(count);
+  run_prepare_eigen(r, count, data_of<double>(matrices), known, call.stream);
+  const auto [eigenvalues, vectors] = library_eigen(matrices);
+  run_eigen_ranks(r, count, data_of<double>(eigenvalues), known, call.stream);
+  if (r.w == nullptr) return;
+  run_scale_columns(const_data_of<double>(vectors), const_data_of<double>(eigenvalues), count, m,
+                    data_of<double>(matrices), call.stream);
+  const Tensor w = torch::stable::matmul(matrices, torch::stable::transpose(vectors, 1, 2));
+  check(cudaMemcpyAsync(r.w, w.const_data_ptr(), static_cast<size_t>(count * m * m) * sizeof(double),
+                        cudaMemcpyDeviceToDevice, call.stream),
+        "cudaMemcpyAsync");
+}
+
+template <class S>
+void measure_ranks(Call& call, const Tensor& like, const FeatureView<S>& x, const RankMatrices& r) {
+  const int64_t d = x.dim, n = r.n, m = std::min(n, d), slabs = cluster_slabs(d);
+  const bool direct = r.order == nullptr && uses_second_moment(r.count, n, d);
+  const bool small = m <= kSmallRankSide, exact = sizeof(S) == 8;
+  const Clusters all = whole_groups(call, r.count, n, r.order);
+
+  GramRanks g;
+  g.n = n;
+  g.dim = d;
+  g.center = r.center;
+  g.gram_stride = direct ? m * m : n * m;
+  g.slabs = slabs;
+  g.finite_stride = r.finite_stride;
+  const int64_t part = part_of(r.count, static_cast<int64_t>(sizeof(double)) * g.gram_stride);
+  g.grams = call.borrow<double>(part * g.gram_stride);
+  double* means = call.borrow<double>(part * d);
+  double* squares = r.center || n == 1 ? call.borrow<double>(part * slabs) : nullptr;
+  g.squares = squares;
+  const int splits = second_moment_splits(n, d), batch = rank_batch(m);
+  void* moment_space = direct ? call.borrow_bytes(second_moment_workspace(d, splits)) : nullptr;
+  void* list_space = direct ? nullptr : call.borrow_bytes(work_list_workspace(part));
+  void* rank_space = small || exact ? nullptr : call.borrow_bytes(effective_rank_workspace(m, batch));
+
+  for (int64_t begin = 0; begin < r.count; begin += part) {
+    Clusters p = all;
+    p.group_begin = begin;
+    p.groups = std::min(part, r.count - begin);
+    if (squares != nullptr) run_cluster_means(x, p, 0.0, means, squares, call.stream);
+    if (!r.center) call.clear(means, static_cast<int64_t>(sizeof(double)) * p.groups * d);
+    if (direct) {
+      for (int64_t j = 0; j < p.groups; ++j) {
+        run_second_moment(x, (begin + j) * n, (begin + j + 1) * n, r.center ? means + j * d : nullptr, splits,
+                          moment_space, g.grams + j * g.gram_stride, call.stream);
+      }
+    } else {
+      const WorkList list = work_list_at(p.groups, list_space);
+      run_work_list(p, d, false, list, call.stream);
+      const int64_t side = ceil_div(m, kGramTile), tiles = p.groups * side * (side + 1) / 2;
+      launch(cluster_gram_kernel<S>,
+             {grid_of(std::min<int64_t>(tiles, 16 * call.multiprocessors)), kGramThreads, 0, call.stream}, x, p,
+             list, means, ClusterSlots{g.grams, m, false});
+    }
+    g.finite = r.finite + begin * r.finite_stride;
+    g.values = r.values + begin;
+    g.w = r.w != nullptr ? r.w + begin * m * m : nullptr;
+    if (small) {
+      run_small_ranks(g, p.groups, call.stream);
+    } else if (exact) {
+      library_ranks(call, like, g, p.groups);
+    } else {
+      for (int64_t j = 0; j < p.groups; ++j) {
+        run_effective_rank(g.grams + j * g.gram_stride, m, rank_space, batch, g.values + j,
+                           g.w != nullptr ? g.w + j * m * m : nullptr, call.stream);
+      }
+    }
+  }
+}
+
+}  // namespace dse::cuda
