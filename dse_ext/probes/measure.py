@@ -28,6 +28,10 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many images are done, and how many there are."""
 
 
+class FeaturesNotFiniteError(ValueError):
+    """A network gives features that are infinite or NaN, which no probe can be fitted to."""
+
+
 class DenseNetwork(Protocol):
     """What is asked of a network, as ``dse_ext.checkpoints.DenseExtractor`` has it."""
 
@@ -119,6 +123,7 @@ def measure(
 
     Raises:
         DatasetError: If an image or a label map cannot be used.
+        FeaturesNotFiniteError: If a feature is infinite or NaN.
         ValueError: If the network does not take the image size, or no pixel is labelled.
 
     Examples:
@@ -147,6 +152,8 @@ def measure(
         for pixels, labels in loader:
             with torch.no_grad():
                 dense = network(normalize(pixels))[1].float()
+            if not bool(dense.isfinite().all()):
+                raise FeaturesNotFiniteError("features that are not finite")
             yield _Batch(dense, labels)
             done += len(labels)
             report(what, done, len(images))
