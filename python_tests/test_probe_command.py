@@ -207,3 +207,15 @@ def test_probe_help_has_every_option_with_its_meaning():
         *("precision", "batch-size", "device", "workers", "allow-pickle", "overwrite"),
     ):
         assert f"--{option} " in text, option
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_label_map_is_named(checkpoints, tmp_path, workers):
+    data = folders.ade20k(tmp_path)
+    (data / "annotations" / "validation" / "ADE_val_00000002.png").write_bytes(b"broken")
+    file = checkpoints / "checkpoint0000.pth"
+    result = probe(file, tmp_path / "out", "--data", data, "--workers", workers)
+    assert result.exit_code == 2
+    assert message(result).startswith("error: cannot read the label map")
+    assert "ADE_val_00000002.png" in message(result)
+    assert "Traceback" not in result.output

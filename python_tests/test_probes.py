@@ -135,7 +135,7 @@ def test_grid_must_fit():
     features, labels = scene()
     with pytest.raises(ValueError, match=r"N = 5 x 5 = 25 positions as the grid, got 15"):
         LinearProbe(3).fit(features, labels, (5, 5))
-    with pytest.raises(ValueError, match="no patch to fit"):
+    with pytest.raises(ValueError, match="at least one pixel that is not ignored"):
         LinearProbe(3).fit_batches([])
 
 

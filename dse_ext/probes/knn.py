@@ -134,8 +134,8 @@ class KNNProbe:
             raise RuntimeError("fit the probe before asking it for predictions.")
         x = F.normalize(features.detach().float(), dim=-1).flatten(0, -2)
         k = min(self.k, self._bank.shape[0])
-        # As many rows at a time as make 16 million similarities: 64 MiB.
-        rows = max((1 << 24) // self._bank.shape[0], 1)
+        # As many rows at a time as make 16 million similarities, or shares of neighbours: 64 MiB.
+        rows = max((1 << 24) // max(self._bank.shape[0], k * self.num_classes), 1)
         votes = []
         for part in x.split(rows):
             near, index = (part @ self._bank.T).topk(k, dim=1)

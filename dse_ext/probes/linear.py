@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -113,10 +112,10 @@ class LinearProbe:
             for part in labels.to(features.device).split(64)
         ]
         batch = PatchBatch(features.detach().float().flatten(0, 1), PatchTargets.cat(parts))
-        self._standardize([batch])
+        total = self._standardize([batch])
         # Standardized once: the passes over data in memory are many.
         resident = batch._replace(features=self._standardized(batch.features))
-        return self._solve([resident], standardized=True)
+        return self._solve([resident], total, standardized=True)
 
     def fit_batches(
         self, batches: Sequence[PatchBatch], device: torch.device | None = None
@@ -138,15 +137,17 @@ class LinearProbe:
             ValueError: If there is no labelled patch.
         """
         moved = _Moved(batches, device)
-        self._standardize(moved)
-        return self._solve(moved, standardized=False)
+        return self._solve(moved, self._standardize(moved), standardized=False)
 
-    def _standardize(self, batches: Iterable[PatchBatch]) -> None:
-        """Mean and deviation of every feature, merged batch by batch in double precision."""
-        count = 0
+    def _standardize(self, batches: Iterable[PatchBatch]) -> float:
+        """Mean and deviation of every feature, merged batch by batch in double precision.
+
+        Returns the sum of all shares.
+        """
+        count, total = 0, 0.0
         mean = squares = torch.zeros(())
-        for batch in batches:
-            x = batch.features
+        for x, targets in batches:
+            total += float(targets.share.sum(dtype=torch.float64))
             rows = x.shape[0]
             part_mean = x.mean(dim=0, dtype=torch.float64)
             part_squares = (x - part_mean.to(x.dtype)).square().sum(dim=0, dtype=torch.float64)
@@ -158,22 +159,22 @@ class LinearProbe:
                 squares = squares + part_squares
                 squares = squares + shift.square() * (count * rows / (count + rows))
             count += rows
-        if not count:
-            raise ValueError("there is no patch to fit a probe to.")
+        if not total > 0:
+            raise ValueError("labels must have at least one pixel that is not ignored.")
         deviation = (squares / count).sqrt().float()
         self._mean = mean.float()
         # A feature that does not vary carries nothing; dividing by its zero deviation would.
         self._scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
+        return total
 
     def _standardized(self, x: Tensor) -> Tensor:
         if self._mean is None or self._scale is None:
             raise RuntimeError("fit the probe before asking it for predictions.")
         return (x.detach().float() - self._mean) / self._scale
 
-    def _solve(self, batches: Iterable[PatchBatch], standardized: bool) -> LinearProbe:
-        total = math.fsum(float(batch.targets.share.sum(dtype=torch.float64)) for batch in batches)
-        if not total > 0:
-            raise ValueError("labels must have at least one pixel that is not ignored.")
+    def _solve(
+        self, batches: Iterable[PatchBatch], total: float, standardized: bool
+    ) -> LinearProbe:
         assert self._mean is not None
         weight = self._mean.new_zeros(self.num_classes, self._mean.shape[0], requires_grad=True)
         bias = self._mean.new_zeros(self.num_classes, requires_grad=True)

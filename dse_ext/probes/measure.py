@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dse_ext.probes.datasets import IGNORE, LabelledSource, SegmentationData
+from dse_ext.probes.datasets import IGNORE, DatasetError, LabelledSource, SegmentationData
 from dse_ext.probes.knn import KNNProbe
 from dse_ext.probes.linear import LinearProbe
 from dse_ext.probes.patches import Grid, PatchTargets, patch_targets, to_map
@@ -83,6 +83,9 @@ class ProbeSettings:
                 raise ValueError(f"{name} must be >= 1, got {value}.")
         if min(self.image_size) < 1:
             raise ValueError(f"image_size must be positive, got {self.image_size}.")
+        # The probes check what is theirs: here, before hours of feature extraction.
+        LinearProbe(2, l2=self.l2, max_iter=self.max_iter)
+        KNNProbe(2, k=self.k, temperature=self.temperature)
 
 
 def measure(
@@ -149,7 +152,10 @@ def measure(
         )
         done = 0
         report(what, 0, len(images))
-        for pixels, labels in loader:
+        for item in loader:
+            if isinstance(item, DatasetError):
+                raise item
+            pixels, labels = item
             with torch.no_grad():
                 dense = network(normalize(pixels))[1].float()
             if not bool(dense.isfinite().all()):
@@ -202,8 +208,15 @@ class _Batch:
     labels: list[Tensor]
 
 
-class _Prepared(Dataset[tuple[Tensor, Tensor]]):
-    """Images as tensors of one size, uint8 (3, H, W), with their label maps at their own size."""
+_Item: TypeAlias = "tuple[Tensor, Tensor] | DatasetError"
+
+
+class _Prepared(Dataset[_Item]):
+    """Images as tensors of one size, uint8 (3, H, W), with their label maps at their own size.
+
+    What is wrong with a file is returned, not raised: the loader would put the traceback of its
+    process into the message.
+    """
 
     def __init__(
         self, source: LabelledSource, indices: Sequence[int], size: tuple[int, int]
@@ -215,8 +228,11 @@ class _Prepared(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, labels = self.source.load(self.indices[index])
+    def __getitem__(self, index: int) -> _Item:
+        try:
+            image, labels = self.source.load(self.indices[index])
+        except DatasetError as error:
+            return error
         height, width = self.size
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -276,5 +292,10 @@ def _subset(count: int, limit: int | None, seed: int) -> list[int]:
     return sorted(order.tolist())
 
 
-def _collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
-    return torch.stack([pixels for pixels, _ in items]), [labels for _, labels in items]
+def _collate(items: list[_Item]) -> tuple[Tensor, list[Tensor]] | DatasetError:
+    pairs = []
+    for item in items:
+        if isinstance(item, DatasetError):
+            return item
+        pairs.append(item)
+    return torch.stack([pixels for pixels, _ in pairs]), [labels for _, labels in pairs]
