@@ -258,7 +258,8 @@ DINOV2 = CheckpointReader(
     keys=("teacher", "model", ""),
     prefixes=_BACKBONE,
     model="vit_small_patch14_dinov2",
-    ignore=(*_CLASSIFIER, "mask_token"),
+    # The token for masked patches stays: timm knows the layout by it, and drops it.
+    ignore=_CLASSIFIER,
     convert=unchunk_blocks,
     describe=describe_dinov2,
 )

@@ -290,22 +290,21 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     columns = {
         "m_inter": "M inter",
         "m_intra": "M intra",
-        "class_relevance": "inter − intra",
         "m_dim": "M dim",
         "rankme": "RankMe",
         "rankme_dense": "RankMe†",
         "alpha_req": "α-ReQ",
         "lidar": "LiDAR",
     }
-    table = Table(box=box.SIMPLE, caption="† of the dense features", caption_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, caption="† of the dense features", caption_justify="left")
     several = len({row["run"] for row in rows}) > 1
     if several:
-        table.add_column("run")
-    table.add_column("checkpoint")
+        table.add_column("run", overflow="fold")
+    table.add_column("checkpoint", overflow="fold", min_width=12)
     for title in columns.values():
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        digits = {"m_inter": 4, "m_intra": 4, "class_relevance": 4, "m_dim": 4, "alpha_req": 3}
+        digits = {"m_inter": 4, "m_intra": 4, "m_dim": 4, "alpha_req": 3}
         values = [
             "–" if row[name] is None else f"{row[name]:.{digits.get(name, 2)}f}" for name in columns
         ]
