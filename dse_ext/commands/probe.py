@@ -43,10 +43,10 @@ def probe(
     dataset: Annotated[
         str,
         typer.Option(
-            metavar="voc|ade20k|cityscapes|coco-stuff|folder|texture-scenes",
-            help="Data set, in its published layout (docs/probes.md); [bold]folder[/] is any "
-            "folder with images/ and annotations/ (PNG label maps); [bold]texture-scenes[/] needs "
-            "no download.",
+            metavar="DATASET",
+            help="[bold]voc[/], [bold]ade20k[/], [bold]cityscapes[/] or [bold]coco-stuff[/] in its "
+            "published layout (docs/probes.md); [bold]folder[/], any folder with images/ and "
+            "annotations/ (PNG label maps); or [bold]texture-scenes[/], which needs no download.",
             rich_help_panel=_WHAT,
         ),
     ],

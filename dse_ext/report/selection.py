@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ def selection_figure(
 ) -> Figure:
     """DSE over the checkpoints of a run, its parts, and the mIoU where it is known.
 
-    The chosen checkpoints are ringed in the panel of DSE and of mIoU, with their places, and a
+    The chosen checkpoints are ringed in the panels of DSE and of mIoU, with their places, and a
     thin line leads the eye through all panels.
 
     Args:
@@ -37,36 +37,30 @@ def selection_figure(
         taus: τ of DSE with mIoU by data set, for the legend.
 
     Returns:
-        A figure of four panels, three without mIoU.
+        A figure of six panels, five without mIoU. Each has a scale of its own, because the parts
+        of DSE differ more from each other than they change over a run.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     run, result = selection.run, selection.result
     with matplotlib.rc_context({**RC, "mathtext.default": "regular"}):
-        if miou:
-            figure = Figure(figsize=(10.4, 5.8), layout="constrained")
-            axes = list(figure.subplots(2, 2, sharex=True).flat)
-            axes = [axes[0], axes[2], axes[3], axes[1]]
-        else:
-            figure = Figure(figsize=(12.6, 3.4), layout="constrained")
-            axes = list(figure.subplots(1, 3, sharex=True).flat)
-        for axis in axes:
+        figure = Figure(figsize=(13.2, 5.6), layout="constrained")
+        panels: list[Any] = [["dse", "class_relevance", "miou"], ["m_inter", "m_intra", "m_dim"]]
+        if not miou:
+            panels[0] = ["dse", "dse", "class_relevance"]
+        axes = figure.subplot_mosaic(panels)
+        for axis in axes.values():
             for index in result.chosen:
-                axis.axvline(run.epochs[index], color=RED, linewidth=1.0, alpha=0.35, zorder=0)
-        _dse(axes[0], selection)
-        _class_relevance(axes[1], selection)
-        axes[2].plot(
-            run.epochs, run.metrics["m_dim"], "^-", color=GREEN, markersize=_mark_size(selection)
-        )
-        axes[2].set_title(r"Dimensionality, $M_\mathrm{dim}$")
-        if miou:
-            _quality(axes[3], selection, miou, taus or {})
-        for axis in axes if not miou else axes[1:3]:
-            axis.set_xlabel("epoch")
-        for axis in axes:
+                axis.axvline(run.epochs[index], color=RED, linewidth=1.0, alpha=0.4, zorder=1.6)
             axis.margins(x=0.03)
-        _whole_epochs(axes[0], selection)
+            _whole_epochs(axis, selection)
+        _dse(axes["dse"], selection)
+        _parts(axes, selection)
+        if miou:
+            _quality(axes["miou"], selection, miou, taus or {})
+        for name in panels[1]:
+            axes[name].set_xlabel("epoch")
         figure.suptitle(
             f"{run.run}: {len(run.checkpoints)} checkpoints, λ = {result.dim_weight:.3g}"
             + ("" if result.dim_weight_computed else " (not computed from the run)"),
@@ -119,27 +113,47 @@ def _ring(axis: Axes, selection: RunSelection, values: Vector, label: bool) -> N
         )
 
 
-def _class_relevance(axis: Axes, selection: RunSelection) -> None:
+def _parts(axes: Mapping[str, Axes], selection: RunSelection) -> None:
+    panels = {
+        "class_relevance": (
+            r"Class relevance, $M_\mathrm{inter}$ − $M_\mathrm{intra}$",
+            (("class_relevance", "", INK, "o-"),),
+        ),
+        "m_inter": (
+            r"Separation of clusters, $M_\mathrm{inter}$",
+            (("m_inter", "", BLUE, "o-"),),
+        ),
+        "m_intra": (
+            r"Spread within clusters, $M_\mathrm{intra}$",
+            (
+                ("m_intra_image", "of an image", ORANGE, "s-"),
+                ("m_intra_batch", "of a group of images", RED, "D-"),
+                ("m_intra", "mean of both", INK, "--"),
+            ),
+        ),
+        "m_dim": (
+            r"Effective dimensionality, $M_\mathrm{dim}$",
+            (("m_dim", "", GREEN, "^-"),),
+        ),
+    }
     run = selection.run
-    parts = (
-        ("m_inter", r"$M_\mathrm{inter}$", BLUE, "o-"),
-        ("m_intra_image", r"$M_\mathrm{intra}$, image", ORANGE, "s--"),
-        ("m_intra_batch", r"$M_\mathrm{intra}$, batch", RED, "D--"),
-        ("class_relevance", r"$M_\mathrm{inter}$ − $M_\mathrm{intra}$", INK, "-"),
-    )
-    for name, label, colour, mark in parts:
-        if name in run.metrics:
-            axis.plot(
-                run.epochs,
-                run.metrics[name],
-                mark,
-                color=colour,
-                label=label,
-                markersize=_mark_size(selection),
-            )
-    axis.set_title(r"Class relevance, $M_\mathrm{inter}$ − $M_\mathrm{intra}$")
-    axis.margins(y=0.28)
-    axis.legend(fontsize=8, ncols=2, loc="upper center")
+    for panel, (title, lines) in panels.items():
+        axis = axes[panel]
+        axis.set_title(title)
+        for name, label, colour, mark in lines:
+            if name in run.metrics:
+                axis.plot(
+                    run.epochs,
+                    run.metrics[name],
+                    mark,
+                    color=colour,
+                    label=label,
+                    markersize=_mark_size(selection),
+                )
+        if len(axis.lines) > len(selection.result.chosen) + 1:
+            axis.legend(fontsize=8, loc="best")
+        elif len(axis.lines) == len(selection.result.chosen):
+            axis.text(0.5, 0.5, "not in the results", ha="center", transform=axis.transAxes)
 
 
 def _quality(
