@@ -300,7 +300,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     several = len({row["run"] for row in rows}) > 1
     if several:
         table.add_column("run", overflow="fold")
-    table.add_column("checkpoint", overflow="fold", min_width=12)
+    named = any(row["epoch"] is None for row in rows)
+    table.add_column("checkpoint" if named else "epoch", justify="left" if named else "right")
     for title in columns.values():
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
@@ -308,7 +309,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         values = [
             "–" if row[name] is None else f"{row[name]:.{digits.get(name, 2)}f}" for name in columns
         ]
-        table.add_row(*([row["run"]] if several else []), row["checkpoint"], *values)
+        name = row["checkpoint"] if named else str(row["epoch"])
+        table.add_row(*([row["run"]] if several else []), name, *values)
     return table
 
 
