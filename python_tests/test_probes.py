@@ -379,6 +379,22 @@ def test_other_settings_are_another_column():
     assert results.csv() == "run,checkpoint,epoch,a_knn\nr,c.pth,1,\n"
 
 
+def test_runs_of_several_methods_share_a_column():
+    results = ProbeResults()
+    results.begin("a_knn", {"k": 30}, ("a", "b"), {"one": {"method": "dino"}})
+    results.add("a_knn", "one", "c.pth", 1, score(0.25))
+    results.begin("a_knn", {"k": 30}, ("a", "b"), {"two": {"method": "mae"}})
+    results.add("a_knn", "two", "c.pth", 1, score(0.5))
+    read = ProbeResults.read(results.csv(), results.json())
+    with pytest.raises(ValueError, match=r"settings \(method 'dino' then, 'mae' now\)"):
+        read.begin("a_knn", {"k": 30}, ("a", "b"), {"one": {"method": "mae"}})
+    read.begin("a_knn", {"k": 30}, ("a", "b"), {"one": {"method": "mae"}}, overwrite=True)
+    assert not read.has("a_knn", "one", "c.pth")
+    assert read.miou("a_knn", "two", "c.pth") == 0.5
+    networks = json.loads(read.json())["columns"]["a_knn"]["networks"]
+    assert networks == {"one": {"method": "mae"}, "two": {"method": "mae"}}
+
+
 @pytest.mark.parametrize(
     ("table", "details", "message"),
     [

@@ -54,7 +54,7 @@ def probe(
         Path,
         typer.Option(
             help="Folder for miou.csv and probe.json; a sweep that was interrupted goes on in it, "
-            "one over another data set adds columns.",
+            "one over another data set adds columns, one over another run adds rows.",
             rich_help_panel=_WHAT,
         ),
     ],
@@ -251,7 +251,7 @@ def probe(
         bool,
         typer.Option(
             "--overwrite",
-            help="Measure the columns of this sweep again; others are kept.",
+            help="Measure the columns of this sweep again; other columns and runs are kept.",
             rich_help_panel=_MACHINE,
         ),
     ] = False,

@@ -117,14 +117,19 @@ class ProbeConfig:
             "train_images": min(len(data.train), self.probe.train_images or len(data.train)),
             "val_images": min(len(data.val), self.probe.val_images or len(data.val)),
             "image_size": list(self.probe.image_size),
+            "probe": probe,
+            **{name: getattr(self.probe, name) for name in own},
+            "seed": self.probe.seed,
+        }
+
+    def network_settings(self) -> dict[str, Any]:
+        """How the networks of a run are read: runs of several methods share a column."""
+        return {
             "method": find_reader(self.method).name,
             "model": self.model,
             "model_args": dict(self.model_args),
             "layer": self.layer,
             "precision": self.precision,
-            "probe": probe,
-            **{name: getattr(self.probe, name) for name in own},
-            "seed": self.probe.seed,
         }
 
 
@@ -196,7 +201,13 @@ def probe_checkpoints(
     name = config.name or data.name
     columns = {f"{name}_{probe}": probe for probe in config.probe.probes}
     for column, probe in columns.items():
-        results.begin(column, config.settings(probe, data), data.classes, overwrite=overwrite)
+        results.begin(
+            column,
+            config.settings(probe, data),
+            data.classes,
+            {file.run: config.network_settings() for file in files},
+            overwrite=overwrite,
+        )
     pending = {
         file: {
             column: probe

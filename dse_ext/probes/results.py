@@ -79,6 +79,7 @@ class ProbeResults:
         column: str,
         settings: Mapping[str, Any],
         classes: tuple[str, ...],
+        networks: Mapping[str, Mapping[str, Any]] | None = None,
         *,
         overwrite: bool = False,
     ) -> None:
@@ -88,39 +89,67 @@ class ProbeResults:
             column: Its name.
             settings: How it is measured: values that JSON can hold.
             classes: Names of the classes.
-            overwrite: Forget what was measured before.
+            networks: How the networks of each run are read, by name of the run: what may differ
+                from one run of a column to the next, but not within a run.
+            overwrite: Forget what was measured of these runs before (of all runs, where the
+                settings or classes are other ones).
 
         Raises:
             ValueError: If the column was measured with other settings, or is in the table but not
                 by a probe.
         """
         # As it will be read back.
-        wanted = json.loads(json.dumps({"settings": dict(settings), "classes": list(classes)}))
-        entry = self._columns.get(column)
-        if entry is not None and not overwrite:
-            differing = [
-                f"{key} {entry['settings'].get(key)!r} then, {wanted['settings'].get(key)!r} now"
-                for key in {**entry["settings"], **wanted["settings"]}
-                if entry["settings"].get(key) != wanted["settings"].get(key)
-            ]
-            if entry["classes"] != wanted["classes"]:
-                differing.append("other classes")
-            if differing:
-                raise ValueError(
-                    f"the column {column} was measured with other settings "
-                    f"({'; '.join(differing)}): give the new one another name (--name), or measure "
-                    "everything again (--overwrite)."
-                )
-            return
-        if entry is None and column in self._names and not overwrite:
-            raise ValueError(
-                f"miou.csv has a column {column} that was not measured by a probe: give the new "
-                "one another name (--name), or replace it (--overwrite)."
+        wanted = json.loads(
+            json.dumps(
+                {
+                    "settings": dict(settings),
+                    "classes": list(classes),
+                    "networks": {run: dict(values) for run, values in (networks or {}).items()},
+                }
             )
-        self._columns[column] = {**wanted, "checkpoints": []}
-        self._add_column(column)
+        )
+        entry = self._columns.get(column)
+        if entry is None:
+            if column in self._names and not overwrite:
+                raise ValueError(
+                    f"miou.csv has a column {column} that was not measured by a probe: give the "
+                    "new one another name (--name), or replace it (--overwrite)."
+                )
+            self._columns[column] = {**wanted, "checkpoints": []}
+            self._add_column(column)
+            self._clear(column, None)
+            return
+        other = _differences(entry["settings"], wanted["settings"])
+        if entry["classes"] != wanted["classes"]:
+            other.append("other classes")
+        of_runs = [
+            difference
+            for run, values in wanted["networks"].items()
+            for difference in _differences(entry["networks"].get(run, values), values)
+        ]
+        if overwrite:
+            runs = None if other else set(wanted["networks"])
+            self._clear(column, runs)
+            kept = {} if runs is None else entry["networks"]
+            entry.update(wanted, networks={**kept, **wanted["networks"]})
+            return
+        if other or of_runs:
+            raise ValueError(
+                f"the column {column} was measured with other settings "
+                f"({'; '.join(other + of_runs)}): give the new one another name (--name), or "
+                "measure everything again (--overwrite)."
+            )
+        entry["networks"].update(wanted["networks"])
+
+    def _clear(self, column: str, runs: set[str] | None) -> None:
+        """Forgets the values of some runs, or of all."""
+        entry = self._columns[column]
+        entry["checkpoints"] = [
+            score for score in entry["checkpoints"] if runs is not None and score["run"] not in runs
+        ]
         for row in self._table.values():
-            row[column] = ""
+            if runs is None or row["run"] in runs:
+                row[column] = ""
 
     def has(self, column: str, run: str, checkpoint: str) -> bool:
         """Whether a checkpoint has been measured."""
@@ -180,6 +209,14 @@ class ProbeResults:
         epoch = "" if entry["epoch"] is None else str(entry["epoch"])
         start = {"run": key[0], "checkpoint": key[1], "epoch": epoch}
         self._table.setdefault(key, start)[column] = repr(float(entry["miou"]))
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} {before.get(key)!r} then, {now.get(key)!r} now"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+    ]
 
 
 def _order(row: Mapping[str, Any]) -> tuple[str, float, str]:
