@@ -53,11 +53,6 @@ class Seconds:
     lidar: float = 0.0
     images: int = 0
 
-    def add(self, other: Seconds) -> None:
-        """Adds another's."""
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
-
 
 @dataclass
 class Scorer:
