@@ -132,6 +132,9 @@ class DSEMonitor:
             Standard errors that count as a fall.
         replicates:
             Number of half batches for the noise; at least 3.
+        start:
+            First step that counts. Evaluations before it are recorded, but are neither a peak to
+            fall from nor kept: a random network can have a high DSE.
         early_stop:
             Whether :attr:`should_stop` becomes True with the warning.
         dim_weight:
@@ -179,6 +182,7 @@ class DSEMonitor:
         patience: int = 3,
         noise_factor: float = 2.0,
         replicates: int = 8,
+        start: int = 0,
         early_stop: bool = False,
         dim_weight: float | str = 1.0,
         variant: str = "evaluation",
@@ -214,6 +218,7 @@ class DSEMonitor:
         self.patience = patience
         self.noise_factor = noise_factor
         self.replicates = replicates
+        self.start = start
         self.early_stop = early_stop
         self.dim_weight = dim_weight
         self.variant = variant
@@ -326,9 +331,8 @@ class DSEMonitor:
 
     @property
     def best(self) -> Evaluation | None:
-        """The evaluation with the highest DSE; None before the first finite one."""
-        finite = [e for e in self.history if math.isfinite(e.score)]
-        return max(finite, key=lambda e: e.score, default=None)
+        """The evaluation with the highest DSE; None before the first that counts."""
+        return next(iter(self._ranked()), None)
 
     def _rescore(self) -> None:
         """Scores, drops and noises of all evaluations, with the λ of now."""
@@ -337,7 +341,9 @@ class DSEMonitor:
         fallen = 0
         for i, e in enumerate(self.history):
             e = replace(e, score=e.class_relevance + weight * e.m_dim, drop=0.0, noise=0.0)
-            if not math.isfinite(e.score):
+            if e.step < self.start:
+                e = replace(e, fallen=0)
+            elif not math.isfinite(e.score):
                 fallen += 1
                 e = replace(e, drop=math.nan, noise=math.nan, fallen=fallen)
             elif peak is None or e.score >= peak.score:
@@ -353,7 +359,7 @@ class DSEMonitor:
         now = self.history[-1]
         degraded = now.fallen >= self.patience
         if degraded and not self.degraded and _rank() == 0:
-            warnings.warn(self._message(now), DenseDegradationWarning, stacklevel=3)
+            warnings.warn(self._message(now), DenseDegradationWarning, stacklevel=4)
         self.degraded = degraded
         self.should_stop = self.should_stop or (degraded and self.early_stop)
 
@@ -372,16 +378,16 @@ class DSEMonitor:
     # ------------------------------------------------------------------ checkpoints
 
     def _ranked(self) -> list[Evaluation]:
-        """Finite evaluations, best first; of equal ones the earlier."""
-        finite = [e for e in self.history if math.isfinite(e.score)]
-        return sorted(finite, key=lambda e: -e.score)
+        """Evaluations that count, best first; of equal ones the earlier."""
+        counted = [e for e in self.history if e.step >= self.start and math.isfinite(e.score)]
+        return sorted(counted, key=lambda e: -e.score)
 
     def _keep_best(self) -> None:
         if self.folder is None:
             return
         now = self.history[-1]
         # What was pruned is gone, whatever a later λ makes of its score.
-        there = [e for e in self._ranked() if e is now or e.checkpoint is not None]
+        there = [e for e in self._ranked() if e.step == now.step or e.checkpoint is not None]
         best = {e.step for e in there[: self.keep]}
         if now.step in best:
             name = f"dse-step-{now.step:08d}.pt"

@@ -140,6 +140,16 @@ def test_a_fall_within_the_noise_is_none() -> None:
     assert not watch.degraded
 
 
+def test_the_first_steps_need_not_count(tmp_path: Path) -> None:
+    watch = monitor([1.2, 0.1, 0.1, 0.1, 0.11], start=2, folder=tmp_path)
+    assert run(watch, 5) == []
+    assert [e.fallen for e in watch.history] == [0] * 5
+    assert watch.best is not None
+    assert watch.best.step > 1
+    assert watch.history[0].score > watch.best.score
+    assert not (tmp_path / "dse-step-00000001.pt").exists()
+
+
 def test_recovery_resets_the_count() -> None:
     watch = monitor([1.2, 0.1, 0.1, 1.1, 0.1, 0.1])
     assert run(watch, 6) == []
