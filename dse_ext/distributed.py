@@ -31,6 +31,8 @@ _BLOCK_ROWS = 4096
 _STEEP_FLOAT64, _STEEP = 1e-6, 1e-9
 
 
+# Collectives and checks that read values: a compiled step is cut here.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def global_dse_components(
     z: Tensor,
     process_group: ProcessGroup | str,
@@ -331,8 +333,7 @@ def _effective_rank(
     values, vectors = torch.linalg.eigh(safe)
     sigma = values.clamp(min=0).sqrt()
     # Fewer rows than features, and features that are 0 in all rows, hide that many zeros.
-    null = (dim - rows).clamp(min=0).squeeze() + 0 * finite
-    null = torch.maximum(null, (moment.diagonal() == 0).sum())
+    null = torch.maximum((dim - rows).squeeze(), (moment.diagonal() == 0).sum())
     sigma = torch.where(torch.arange(dim, device=z.device) < null, 0, sigma)
     # On a GPU the test would wait for the device: there the Gram matrix has to do for what is not
     # float64.

@@ -239,6 +239,9 @@ def test_sequence_first() -> None:
 def test_a_student_beside_a_teacher() -> None:
     model = nn.ModuleDict({"student": vit(), "teacher": vit()})
     x = images()
+    with DenseFeatures(model, "teacher.norm") as features:
+        model["teacher"](x)
+    assert features.grid == (4, 6)
     with DenseFeatures(model, "student.norm") as features:
         model["student"](x)
         ours = features.last

@@ -208,3 +208,21 @@ def test_names_of_groups() -> None:
         dse_ext.DSERegularizer(process_group="all")
     with pytest.raises(ValueError, match="got int"):
         resolve_group(3)
+
+
+def test_a_compiled_step_is_cut_at_the_communication(rank: int) -> None:
+    z = features.clustered(4, 9, 16, seed=rank)
+    regularizer = dse_ext.DSERegularizer(process_group="world")
+
+    def objective(x: Tensor) -> Tensor:
+        return regularizer(2 * x) + x.square().mean()
+
+    results = []
+    for function in (objective, torch.compile(objective, backend="aot_eager")):
+        regularizer.generator = torch.Generator().manual_seed(rank)
+        part = z.clone().requires_grad_()
+        value = function(part)
+        value.backward()
+        assert part.grad is not None
+        results.append((value.detach(), part.grad))
+    torch.testing.assert_close(results[0], results[1])
