@@ -30,10 +30,8 @@ _PREFIX_PARAMETERS = {
 }  # fmt: skip
 # Fields of a model's output that hold dense features, in the order in which they are preferred.
 _OUTPUT_FIELDS = ("x_norm_patchtokens", "last_hidden_state", "hidden_states", "feature_maps")
-_WRAPPERS = (
-    "_orig_mod",
-    "module",
-)  # torch.compile; DistributedDataParallel, FullyShardedDataParallel
+# Of torch.compile, and of DistributedDataParallel.
+_WRAPPERS = ("_orig_mod", "module")
 
 
 class DenseFeatures:
@@ -45,7 +43,7 @@ class DenseFeatures:
 
     The hook sits in the network that is trained and does not change what it computes. It is left
     out of copies (``copy.deepcopy``, for a teacher) and of pickles. A model may be wrapped by
-    ``DistributedDataParallel``, FSDP or ``torch.compile``, before or after; a compiled model must
+    ``DistributedDataParallel``, FSDP2 or ``torch.compile``, before or after; a compiled model must
     not have run yet, because ``torch.compile`` keeps the hooks of its first call. Within
     activation checkpointing use the non-reentrant kind (``use_reentrant=False``, the default of
     timm and of Hugging Face); the reentrant kind runs the block without a graph.
@@ -122,7 +120,7 @@ class DenseFeatures:
         self._stem: tuple[int, int, int] | None = None
         self._model = model
 
-        stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        stem = _stem(model, names[0])
         if stem is not None:
             self._hook(stem, self._see_stem)
         # In the order in which they run: what the final norm gives takes the place of what the last
@@ -185,7 +183,7 @@ class DenseFeatures:
         return f"{type(self).__name__}(layer={self.layer!r}, last={shape})"
 
     def _hook(self, module: nn.Module, seen: Callable[[Any], None]) -> None:
-        self._handles.append(module.register_forward_hook(_Hook(module, seen)))
+        self._handles.append(module.register_forward_hook(_Hook(seen)))
 
     def _see_stem(self, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim == 4:
@@ -206,8 +204,7 @@ class DenseFeatures:
 class _Hook:
     """A forward hook of one module; copies of the module have one that does nothing."""
 
-    def __init__(self, module: nn.Module, seen: Callable[[Any], None]) -> None:
-        self.module = module
+    def __init__(self, seen: Callable[[Any], None]) -> None:
         self.seen = seen
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -242,6 +239,7 @@ class _Capture:
         self.features = features
         self.name = name
         self.required = required
+        self.prefix_is_told = prefix_tokens is not None
         self.prefix = _prefix_tokens(model, name) if prefix_tokens is None else prefix_tokens
         self.channels_last = channels_last
         self.widths = _output_widths(_module(model, name))
@@ -268,8 +266,9 @@ class _Capture:
             stem = self.features._stem
             if stem is not None and tensor.shape[0] != stem[0] == tensor.shape[1]:
                 tensor = tensor.transpose(0, 1)  # sequence first, as in open_clip
-            if stem is not None and tensor.shape[1] == stem[1] * stem[2]:
-                prefix = 0  # as many tokens as patches (CaiT adds its class token later)
+            patches = None if stem is None else stem[1] * stem[2]
+            if tensor.shape[1] == patches and not self.prefix_is_told:
+                prefix = 0  # CaiT adds its class token after most of its blocks
             if tensor.shape[1] <= prefix:
                 raise ValueError(
                     f"layer {self.name!r} gives {tensor.shape[1]} tokens an image, of which the "
@@ -295,7 +294,7 @@ class _Capture:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``DistributedDataParallel``, FSDP or ``torch.compile`` wrappers."""
+    """The model inside ``DistributedDataParallel`` and ``torch.compile`` wrappers."""
     while True:
         # A module of one's own may well have a child called "module" next to others.
         children = dict(model.named_children())
@@ -399,6 +398,16 @@ def _final_norms(model: nn.Module, last_block: str) -> list[str]:
         if not path:
             break
     return []
+
+
+def _stem(model: nn.Module, name: str) -> nn.Module | None:
+    """The first convolution of the backbone that a layer is in: its patch embedding."""
+    above = [module for _, module in _upwards(model, name)][1:]
+    for module in above or [model]:
+        for child in module.modules():
+            if isinstance(child, nn.Conv2d):
+                return child
+    return None
 
 
 def _prefix_tokens(model: nn.Module, name: str) -> int:
