@@ -55,16 +55,16 @@ def find_method(name: str) -> type[Method]:
 
 
 __all__ = [
+    "BYOL",
     "DINO",
-    "EsViT",
     "IBOT",
     "IJEPA",
     "MAE",
     "MEC",
     "METHODS",
-    "BYOL",
     "BarlowTwins",
     "DenseCL",
+    "EsViT",
     "Method",
     "MethodOutput",
     "MoCoV3",

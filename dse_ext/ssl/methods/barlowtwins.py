@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from dse_ext.ssl.methods.base import recipe
 from dse_ext.ssl.methods.options import at_least
 from dse_ext.ssl.methods.siamese import RESNET, Embedded, ProjectorOptions, Siamese
 
@@ -38,11 +39,10 @@ class BarlowTwins(Siamese):
     paper = "Zbontar et al., ICML 2021"
     url = "https://arxiv.org/abs/2103.03230"
     Options = BarlowTwinsOptions
-    recipe = {**RESNET, "optimizer": "lars", "lr": 0.1, "weight_decay": 1.5e-6,
-              "weight_decay_end": 1.5e-6}  # fmt: skip
+    recipe = recipe(RESNET, optimizer="lars", lr=0.1, weight_decay=1.5e-6, weight_decay_end=1.5e-6)
 
     def make_projector(self) -> nn.Module:
-        """lightly's Barlow Twins projection head."""
+        """Lightly's Barlow Twins projection head."""
         from lightly.models.modules.heads import BarlowTwinsProjectionHead
 
         o = self.options

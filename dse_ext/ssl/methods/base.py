@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from PIL import Image
@@ -13,6 +14,16 @@ from typing_extensions import Self
 
 from dse_ext.ssl.backbone import FAMILIES, DenseBackbone
 from dse_ext.ssl.config import ConfigError
+
+
+def recipe(base: Mapping[str, Any] | None = None, /, **options: Any) -> Mapping[str, Any]:
+    """A recipe: options of a run that take the place of their defaults.
+
+    Args:
+        base: Another recipe to start from.
+        **options: Options of :class:`dse_ext.ssl.TrainConfig`.
+    """
+    return MappingProxyType({**(base or {}), **options})
 
 
 class MethodOutput(NamedTuple):
@@ -56,7 +67,7 @@ class Method(nn.Module, ABC):
     families: ClassVar[tuple[str, ...]] = tuple(FAMILIES)
     regularizes: ClassVar[str]
     min_batch: ClassVar[int] = 1
-    recipe: ClassVar[Mapping[str, Any]] = {}
+    recipe: ClassVar[Mapping[str, Any]] = recipe()
     Options: ClassVar[type]
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from dse_ext.ssl.methods.base import recipe
 from dse_ext.ssl.methods.siamese import RESNET, Embedded, Predictive
 
 
@@ -19,18 +20,17 @@ class BYOL(Predictive):
     title = "BYOL"
     paper = "Grill et al., NeurIPS 2020"
     url = "https://arxiv.org/abs/2006.07733"
-    recipe = {**RESNET, "optimizer": "lars", "lr": 0.4, "weight_decay": 1e-6,
-              "weight_decay_end": 1e-6}  # fmt: skip
+    recipe = recipe(RESNET, optimizer="lars", lr=0.4, weight_decay=1e-6, weight_decay_end=1e-6)
 
     def make_projector(self) -> nn.Module:
-        """lightly's BYOL projection head."""
+        """Lightly's BYOL projection head."""
         from lightly.models.modules.heads import BYOLProjectionHead
 
         o = self.options
         return BYOLProjectionHead(self.student.dim, o.hidden_dim, o.output_dim)
 
     def make_predictor(self) -> nn.Module:
-        """lightly's BYOL prediction head."""
+        """Lightly's BYOL prediction head."""
         from lightly.models.modules.heads import BYOLPredictionHead
 
         o = self.options

@@ -16,7 +16,7 @@ from dse_ext.ssl.methods.parts import follow, teacher_of
 
 
 def prototype_head(dim: int, options: DistillationOptions, steps: int) -> nn.Module:
-    """lightly's DINO head.
+    """Lightly's DINO head.
 
     Args:
         dim: Number of features of the backbone.
@@ -41,7 +41,7 @@ def prototype_head(dim: int, options: DistillationOptions, steps: int) -> nn.Mod
 
 
 def prototype_loss(options: DistillationOptions) -> nn.Module:
-    """lightly's DINO loss: cross-entropy between views, with a centred teacher."""
+    """Lightly's DINO loss: cross-entropy between views, with a centred teacher."""
     from lightly.loss.dino_loss import DINOLoss
 
     loss: nn.Module = DINOLoss(
@@ -53,7 +53,7 @@ def prototype_loss(options: DistillationOptions) -> nn.Module:
 
 
 def multi_crop(image_size: int, options: MultiCropOptions) -> Callable[[Image.Image], list[Tensor]]:
-    """lightly's DINO augmentation: two global and several local views.
+    """Lightly's DINO augmentation: two global and several local views.
 
     Blur and crop sizes fit small images.
     """

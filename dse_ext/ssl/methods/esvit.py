@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dse_ext.ssl.backbone import DenseBackbone
-from dse_ext.ssl.methods.base import MethodOutput
+from dse_ext.ssl.methods.base import MethodOutput, recipe
 from dse_ext.ssl.methods.distillation import SelfDistillation
 from dse_ext.ssl.methods.options import DistillationOptions
 from dse_ext.ssl.methods.parts import full_precision, teacher_of
@@ -61,18 +61,18 @@ class EsViT(SelfDistillation):
     paper = "Li et al., ICLR 2022"
     url = "https://arxiv.org/abs/2106.09785"
     regularizes = "the student's regions (last stage) of both global views"
-    recipe = {
-        "backbone": "swin_tiny_patch4_window7_224",
-        "backbone_args": {
+    recipe = recipe(
+        backbone="swin_tiny_patch4_window7_224",
+        backbone_args={
             "embed_dim": 48,
             "depths": [2, 2, 2, 2],
             "num_heads": [2, 4, 8, 16],
+            "patch_size": 2,
             "window_size": 6,
             "drop_path_rate": 0.0,
         },
-        "patch_size": 2,
-        "method_args": {"local_views": 2},
-    }
+        method_args={"local_views": 2},
+    )
 
     def __init__(
         self, backbone: DenseBackbone, image_size: int, steps: int, options: DistillationOptions

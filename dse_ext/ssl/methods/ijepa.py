@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dse_ext.ssl.backbone import DenseBackbone
 from dse_ext.ssl.config import ConfigError
-from dse_ext.ssl.methods.base import Method, MethodOutput
+from dse_ext.ssl.methods.base import Method, MethodOutput, recipe
 from dse_ext.ssl.methods.masking import MaskedEncoder, context_and_targets
 from dse_ext.ssl.methods.options import above, at_least, shares
 from dse_ext.ssl.methods.parts import follow, full_precision, teacher_of
@@ -67,8 +67,8 @@ class IJEPA(Method):
 
     The target encoder is a moving average and sees whole images; its patch features, normalized
     over d, are what the predictor has to give at the positions of each target block (smooth L1
-    distance, as in the authors' release; Section 3 of the paper has the squared distance). The target
-    encoder is scored. Source: "Self-Supervised Learning from Images with a Joint-Embedding
+    distance, as in the authors' release; Section 3 of the paper has the squared distance). The
+    target encoder is scored. Source: "Self-Supervised Learning from Images with a Joint-Embedding
     Predictive Architecture", 2023, https://arxiv.org/abs/2301.08243.
     """
 
@@ -79,11 +79,11 @@ class IJEPA(Method):
     families = ("vit",)
     regularizes = "the context encoder's tokens of the context block"
     Options = IJEPAOptions
-    recipe = {
+    recipe = recipe(
         # The paper's ViT has no class token; the final norm belongs to the patch tokens.
-        "backbone_args": {"class_token": False, "global_pool": "avg", "fc_norm": False},
-        "lr": 1e-3,
-    }
+        backbone_args={"class_token": False, "global_pool": "avg", "fc_norm": False},
+        lr=1e-3,
+    )
 
     def __init__(
         self, backbone: DenseBackbone, image_size: int, steps: int, options: IJEPAOptions

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dse_ext.ssl.backbone import DenseBackbone
 from dse_ext.ssl.config import ConfigError
-from dse_ext.ssl.methods.base import Method, MethodOutput
+from dse_ext.ssl.methods.base import Method, MethodOutput, recipe
 from dse_ext.ssl.methods.masking import MaskedEncoder
 from dse_ext.ssl.methods.options import above, at_least, shares
 from dse_ext.ssl.methods.parts import full_precision
@@ -64,7 +64,7 @@ class MAE(Method):
     families = ("vit",)
     regularizes = "the encoder's tokens of the visible patches"
     Options = MAEOptions
-    recipe = {"weight_decay": 0.05, "weight_decay_end": 0.05}
+    recipe = recipe(weight_decay=0.05, weight_decay_end=0.05)
 
     def __init__(
         self, backbone: DenseBackbone, image_size: int, steps: int, options: MAEOptions

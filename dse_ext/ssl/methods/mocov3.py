@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dse_ext.ssl.backbone import DenseBackbone
+from dse_ext.ssl.methods.base import recipe
 from dse_ext.ssl.methods.options import above
 from dse_ext.ssl.methods.parts import info_nce
 from dse_ext.ssl.methods.siamese import Embedded, MomentumOptions, Predictive
@@ -45,7 +46,7 @@ class MoCoV3(Predictive):
     paper = "Chen et al., ICCV 2021"
     url = "https://arxiv.org/abs/2104.02057"
     Options = MoCoV3Options
-    recipe = {"weight_decay": 0.1, "weight_decay_end": 0.1}
+    recipe = recipe(weight_decay=0.1, weight_decay_end=0.1)
 
     def __init__(
         self, backbone: DenseBackbone, image_size: int, steps: int, options: MoCoV3Options
@@ -57,7 +58,7 @@ class MoCoV3(Predictive):
                 parameter.requires_grad = False
 
     def make_projector(self) -> nn.Module:
-        """lightly's MoCo head with three layers, all batch-normalized."""
+        """Lightly's MoCo head with three layers, all batch-normalized."""
         return self._head(self.student.dim, layers=3)
 
     def make_predictor(self) -> nn.Module:

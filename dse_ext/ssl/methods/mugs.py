@@ -12,7 +12,13 @@ from dse_ext.ssl.backbone import DenseBackbone
 from dse_ext.ssl.methods.base import MethodOutput
 from dse_ext.ssl.methods.distillation import SelfDistillation
 from dse_ext.ssl.methods.options import DistillationOptions, above, at_least
-from dse_ext.ssl.methods.parts import encode_crops, full_precision, info_nce, memory_bank, teacher_of
+from dse_ext.ssl.methods.parts import (
+    encode_crops,
+    full_precision,
+    info_nce,
+    memory_bank,
+    teacher_of,
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class LocalGroup(nn.Module):
             similarity = F.normalize(features.float(), dim=1) @ F.normalize(bank, dim=1).T
             nearest = bank[similarity.topk(min(neighbours, len(bank)), dim=1).indices]
         group = torch.cat([features[:, None], nearest.to(features.dtype)], dim=1)
-        return self.project(self.norm(self.block(group)[:, 0]))  # type: ignore[no-any-return]
+        return self.project(self.norm(self.block(group)[:, 0]))
 
 
 class Mugs(SelfDistillation):

@@ -25,7 +25,7 @@ def teacher_of(student: nn.Module, make: Callable[[], nn.Module] | None = None) 
         The copy, without gradients, dropout and stochastic depth.
     """
     from lightly.models.utils import deactivate_requires_grad
-    from timm.layers import DropPath
+    from timm.layers.drop import DropPath
 
     if make is None:
         teacher = copy.deepcopy(student)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dse_ext.ssl.methods.base import recipe
 from dse_ext.ssl.methods.options import above, at_least
 from dse_ext.ssl.methods.siamese import RESNET, Embedded, MomentumOptions, Predictive
 
@@ -78,7 +79,7 @@ class ReSA(Predictive):
     paper = "Weng et al., ICML 2025"
     url = "https://arxiv.org/abs/2501.18452"
     Options = ReSAOptions
-    recipe = {**RESNET, "lr": 0.1}
+    recipe = recipe(RESNET, lr=0.1)
 
     def make_projector(self) -> nn.Module:
         """A batch-normalized head of three layers."""

@@ -12,21 +12,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dse_ext.ssl.backbone import DenseBackbone
-from dse_ext.ssl.methods.base import Method, MethodOutput
+from dse_ext.ssl.methods.base import Method, MethodOutput, recipe
 from dse_ext.ssl.methods.options import TwoViewOptions, at_least, shares
 from dse_ext.ssl.methods.parts import follow, full_precision, teacher_of
 
-RESNET: dict[str, Any] = {
-    "backbone": "resnet18",
+RESNET = recipe(
+    backbone="resnet18",
     # Positions of 16 x 16 pixels, as those of a ViT with patches of 16.
-    "backbone_args": {"output_stride": 16},
-    "optimizer": "sgd",
-    "lr": 0.05,
-    "min_lr": 0.0,
-    "weight_decay": 1e-4,
-    "weight_decay_end": 1e-4,
-    "clip_grad": 0.0,
-}
+    backbone_args={"output_stride": 16},
+    optimizer="sgd",
+    lr=0.05,
+    min_lr=0.0,
+    weight_decay=1e-4,
+    weight_decay_end=1e-4,
+    clip_grad=0.0,
+)
 """A recipe for methods that were published with ResNets and SGD."""
 
 
@@ -76,8 +76,6 @@ def two_views(
         transform: ``"byol"`` (the views' blur and solarization differ; also used for MoCo v3,
             Barlow Twins, MEC and ReSA), ``"simsiam"``, ``"vicreg"`` or ``"densecl"``.
     """
-    from lightly import transforms
-
     arguments: dict[str, Any] = {
         "input_size": image_size,
         "cj_strength": options.color_jitter,
@@ -85,20 +83,27 @@ def two_views(
         "random_gray_scale": options.gray_scale,
         "sigmas": (0.1, options.blur),
     }
-    views: Callable[[Image.Image], list[Tensor]]
+    views: Any
     if transform == "byol":
-        from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
-
-        views = transforms.BYOLTransform(
-            BYOLView1Transform(**arguments), BYOLView2Transform(**arguments)
+        from lightly.transforms.byol_transform import (
+            BYOLTransform,
+            BYOLView1Transform,
+            BYOLView2Transform,
         )
+
+        views = BYOLTransform(BYOLView1Transform(**arguments), BYOLView2Transform(**arguments))
+    elif transform == "simsiam":
+        from lightly.transforms.simsiam_transform import SimSiamTransform
+
+        views = SimSiamTransform(**arguments)
+    elif transform == "vicreg":
+        from lightly.transforms.vicreg_transform import VICRegTransform
+
+        views = VICRegTransform(**arguments)
     else:
-        kinds = {
-            "simsiam": transforms.SimSiamTransform,
-            "vicreg": transforms.VICRegTransform,
-            "densecl": transforms.DenseCLTransform,
-        }
-        views = kinds[transform](**arguments)
+        from lightly.transforms.densecl_transform import DenseCLTransform
+
+        views = DenseCLTransform(**arguments)
     return views
 
 
@@ -124,7 +129,7 @@ class Siamese(Method):
     min_batch = 2
     augmentation: ClassVar[str] = "byol"
     regularizes = "the network's dense features of both views"
-    Options = ProjectorOptions
+    Options: ClassVar[type] = ProjectorOptions
 
     def __init__(
         self, backbone: DenseBackbone, image_size: int, steps: int, options: ProjectorOptions
@@ -171,7 +176,7 @@ class Predictive(Siamese):
 
     momentum: ClassVar[bool] = True
     regularizes = "the trained network's dense features of both views"
-    Options = MomentumOptions
+    Options: ClassVar[type] = MomentumOptions
 
     def __init__(
         self, backbone: DenseBackbone, image_size: int, steps: int, options: ProjectorOptions

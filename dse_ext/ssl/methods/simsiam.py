@@ -43,14 +43,14 @@ class SimSiam(Predictive):
     recipe = RESNET
 
     def make_projector(self) -> nn.Module:
-        """lightly's SimSiam projection head."""
+        """Lightly's SimSiam projection head."""
         from lightly.models.modules.heads import SimSiamProjectionHead
 
         o = self.options
         return SimSiamProjectionHead(self.student.dim, o.hidden_dim, o.output_dim)
 
     def make_predictor(self) -> nn.Module:
-        """lightly's SimSiam prediction head."""
+        """Lightly's SimSiam prediction head."""
         from lightly.models.modules.heads import SimSiamPredictionHead
 
         o = self.options

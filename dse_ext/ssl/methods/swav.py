@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dse_ext.ssl.backbone import DenseBackbone
-from dse_ext.ssl.methods.base import Method, MethodOutput
+from dse_ext.ssl.methods.base import Method, MethodOutput, recipe
 from dse_ext.ssl.methods.options import MultiCropOptions, above, at_least, shares
 from dse_ext.ssl.methods.parts import encode_crops, full_precision, memory_bank
 from dse_ext.ssl.methods.siamese import RESNET
@@ -68,7 +69,7 @@ class SwAV(Method):
     regularizes = "the network's dense features of both global views"
     min_batch = 2
     Options = SwAVOptions
-    recipe = {**RESNET, "lr": 0.1, "weight_decay": 1e-6, "weight_decay_end": 1e-6}
+    recipe = recipe(RESNET, lr=0.1, weight_decay=1e-6, weight_decay_end=1e-6)
 
     def __init__(
         self, backbone: DenseBackbone, image_size: int, steps: int, options: SwAVOptions
@@ -94,7 +95,7 @@ class SwAV(Method):
         from lightly.transforms.swav_transform import SwaVTransform
 
         o: SwAVOptions = self.options
-        views: Callable[[Image.Image], list[Tensor]] = SwaVTransform(
+        views: Any = SwaVTransform(
             crop_sizes=(self.image_size, o.local_size or self.image_size // 2),
             crop_counts=(2, o.local_views),
             crop_min_scales=(o.global_scale, o.local_scale),
@@ -120,7 +121,9 @@ class SwAV(Method):
     def _past(self, embeddings: Tensor, batch: int, step: int) -> list[Tensor] | None:
         """Scores of past embeddings; keeps the current ones."""
         parts = embeddings.detach().split(batch)
-        past = [queue(part, update=True)[1] for queue, part in zip(self.queues, parts, strict=False)]
+        past = [
+            queue(part, update=True)[1] for queue, part in zip(self.queues, parts, strict=False)
+        ]
         # Until the queue is full it holds random vectors.
         begin = max(self.options.queue_start * self.steps, -(-self.options.queue // batch))
         if not past or step < begin:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from dse_ext.ssl.methods.base import recipe
 from dse_ext.ssl.methods.options import at_least
 from dse_ext.ssl.methods.siamese import RESNET, Embedded, ProjectorOptions, Siamese
 
@@ -43,11 +44,10 @@ class VICReg(Siamese):
     url = "https://arxiv.org/abs/2105.04906"
     augmentation = "vicreg"
     Options = VICRegOptions
-    recipe = {**RESNET, "optimizer": "lars", "lr": 0.2, "weight_decay": 1e-6,
-              "weight_decay_end": 1e-6}  # fmt: skip
+    recipe = recipe(RESNET, optimizer="lars", lr=0.2, weight_decay=1e-6, weight_decay_end=1e-6)
 
     def make_projector(self) -> nn.Module:
-        """lightly's VICReg projection head."""
+        """Lightly's VICReg projection head."""
         from lightly.models.modules.heads import VICRegProjectionHead
 
         o = self.options

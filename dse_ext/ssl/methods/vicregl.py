@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -70,7 +71,7 @@ class VICRegL(Method):
         self, backbone: DenseBackbone, image_size: int, steps: int, options: VICRegLOptions
     ) -> None:
         from lightly.loss.vicregl_loss import VICRegLLoss
-        from lightly.models.modules.heads import VICRegProjectionHead, VicRegLLocalProjectionHead
+        from lightly.models.modules.heads import VicRegLLocalProjectionHead, VICRegProjectionHead
 
         super().__init__(backbone, image_size, steps, options)
         o = options
@@ -93,7 +94,7 @@ class VICRegL(Method):
         from lightly.transforms.vicregl_transform import VICRegLTransform
 
         o: VICRegLOptions = self.options
-        views: Callable[[Image.Image], list[Tensor]] = VICRegLTransform(
+        views: Any = VICRegLTransform(
             global_crop_size=self.image_size,
             n_local_views=0,
             global_crop_scale=(o.crop_scale, 1.0),
