@@ -21,8 +21,8 @@ def train(
         Path | None,
         typer.Option(
             "--out",
-            help="Folder for checkpoints, log, report and results. May be left out where --method "
-            "is given: then it is runs/METHOD.",
+            help="Folder for checkpoints, log, report and results. Where the method is named it "
+            "may be left out: then it is runs/METHOD.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -30,8 +30,8 @@ def train(
         bool,
         typer.Option(
             "--list",
-            help="List the methods with paper, backbones, recipe and what is regularized; with "
-            "--method, that method's options.",
+            help="List the methods with paper, backbones, recipe and what is regularized; where a "
+            "method is named, its options.",
             rich_help_panel=_WHAT,
         ),
     ] = False,

@@ -36,9 +36,9 @@ class MECOptions(MomentumOptions):
 def coding_length(first: Tensor, second: Tensor, distortion: float, order: int) -> Tensor:
     """Entropy of embeddings as the length of their lossy code, between two views.
 
-    Sections 3.1 to 3.3 of the paper: (m + d)/2 · log det(I + λ Z₁ᵀ Z₂) with λ = d/(m ε²), as the
-    Taylor series (m + d)/2 · Tr Σ_{k=1..n} (−1)^{k+1}/k (λ Z₁ᵀ Z₂)^k. The m x m or the d x d product
-    is taken, whichever is smaller: their powers have the same trace.
+    Sections 3.1 to 3.3 of the paper: (m + d)/2 · log det(I + λ Z₁ᵀ Z₂) with λ = d/(m ε²), as its
+    Taylor series (m + d)/2 · Tr Σ_{k=1..n} (−1)^{k+1}/k (λ Z₁ᵀ Z₂)^k. Of the m x m and the d x d
+    product the smaller one is taken: their powers have the same trace.
 
     Args:
         first: Embeddings ``(m, d)`` of one view; normalized here.
