@@ -239,7 +239,9 @@ class Trainer:
         """Gradients of a batch, all at once or in equal parts one after the other."""
         config = self.config
         parts = zip(*(view.chunk(config.accumulate) for view in views), strict=True)
-        scale = float(self.scaler.get_scale()) / config.accumulate
+        scale = 1.0 / config.accumulate
+        if self.scaler.is_enabled():
+            scale = float(self.scaler.scale(torch.full((), scale, device=self.device)))
         values = []
         for part in parts:
             with torch.autocast(
