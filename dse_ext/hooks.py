@@ -242,6 +242,7 @@ class _Capture:
         self.features = features
         self.name = name
         self.required = required
+        self.prefix_is_told = prefix_tokens is not None
         self.prefix = _prefix_tokens(model, name) if prefix_tokens is None else prefix_tokens
         self.channels_last = channels_last
         self.widths = _output_widths(_module(model, name))
@@ -268,8 +269,9 @@ class _Capture:
             stem = self.features._stem
             if stem is not None and tensor.shape[0] != stem[0] == tensor.shape[1]:
                 tensor = tensor.transpose(0, 1)  # sequence first, as in open_clip
-            if stem is not None and tensor.shape[1] == stem[1] * stem[2]:
-                prefix = 0  # as many tokens as patches (CaiT adds its class token later)
+            patches = None if stem is None else stem[1] * stem[2]
+            if tensor.shape[1] == patches and not self.prefix_is_told:
+                prefix = 0  # CaiT adds its class token after most of its blocks
             if tensor.shape[1] <= prefix:
                 raise ValueError(
                     f"layer {self.name!r} gives {tensor.shape[1]} tokens an image, of which the "
