@@ -89,7 +89,8 @@ def describe_dinov2(content: Mapping[str, Any], state: StateDict, path: Path) ->
 
 def describe_dinov3(content: Mapping[str, Any], state: StateDict, path: Path) -> ModelSpec:
     """DINOv3's size, and whether its attention has biases."""
-    biases = "_qkvb" if any(key.endswith("attn.qkv.bias") for key in state) else ""
+    biased = any(key.endswith(("attn.qkv.bias", "attn.q_bias")) for key in state)
+    biases = "_qkvb" if biased else ""
     # The class token is DINOv3's image vector; timm's default is the mean.
     size = _size(state, _DINOV3_SIZES)
     return ModelSpec(f"vit_{size}_patch16_dinov3{biases}", {"global_pool": "token"})

@@ -51,7 +51,8 @@ class DenseExtractor(nn.Module):
             ValueError: If there is no such layer, or it is not dense.
         """
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.requires_grad_(False)
+        self.eval()
         self.layer = layer
         self.image_size = image_size
         self.transform = transform

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -123,8 +123,11 @@ def read_content(path: str | os.PathLike[str], *, allow_pickle: bool = False) ->
 
         return load_file(path)
     try:
+        # Mapped, so that of a training state only the weights that are copied are ever read; files
+        # of before torch 1.6 cannot be.
+        mapped = is_zipfile(path)
         with torch.serialization.safe_globals(_PLAIN):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise
     except UnpicklingError as error:
@@ -143,7 +146,7 @@ def read_content(path: str | os.PathLike[str], *, allow_pickle: bool = False) ->
             f"the file is damaged or no checkpoint: {_first_line(error)}"
         ) from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=False)
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=mapped)
     except Exception as error:  # whatever the code in the file raises
         raise CheckpointError(f"the file cannot be unpickled: {_first_line(error)}") from error
 

@@ -254,11 +254,12 @@ DINOV2 = CheckpointReader(
     title="DINOv2",
     source="https://github.com/facebookresearch/dinov2",
     network="teacher",
-    files=("teacher_{epoch}.pth", "*.pth"),
+    files=("teacher_{epoch}.pth", "*.pth", "*.safetensors"),
     keys=("teacher", "model", ""),
     prefixes=_BACKBONE,
     model="vit_small_patch14_dinov2",
-    ignore=(*_CLASSIFIER, "mask_token"),
+    # The token for masked patches stays: timm knows the layout by it, and drops it.
+    ignore=_CLASSIFIER,
     convert=unchunk_blocks,
     describe=describe_dinov2,
 )
@@ -268,7 +269,7 @@ DINOV3 = CheckpointReader(
     title="DINOv3",
     source="https://github.com/facebookresearch/dinov3",
     network="teacher",
-    files=("teacher_{epoch}.pth", "*.pth"),
+    files=("teacher_{epoch}.pth", "*.pth", "*.safetensors"),
     keys=("teacher", "model", ""),
     prefixes=_BACKBONE,
     model="vit_small_patch16_dinov3_qkvb",
