@@ -401,9 +401,11 @@ def _network_of(checkpoint: str | None) -> dict[str, Any]:
         return {}
     folder = Path(checkpoint).parent
     for path in (folder / "config.json", folder.parent / "config.json"):
-        # Other programs have a config.json too; theirs is not read.
-        if path.is_file() and (path.parent / "checkpoints").is_dir():
-            values = TrainConfig.load(path).to_dict()
+        if path.is_file():
+            try:
+                values = TrainConfig.load(path).to_dict()
+            except ConfigError:
+                continue  # other programs have a config.json too
             return _only(values, "method", "method_args", "backbone", "backbone_args",
                          "patch_size", "image_size")  # fmt: skip
     return {}

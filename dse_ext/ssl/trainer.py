@@ -69,7 +69,7 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, folder: RunFolder, source: ImageSource, device: torch.device
     ) -> None:
-        """Builds networks and optimizer, untrained.
+        """Builds networks and optimizer, untrained or as the configuration's checkpoint has them.
 
         Args:
             config: The configuration.
@@ -78,7 +78,7 @@ class Trainer:
             device: Where the networks live.
 
         Raises:
-            ConfigError: If backbone or method do not accept the configuration.
+            ConfigError: If backbone, method or checkpoint do not fit the configuration.
         """
         self.config = config
         self.folder = folder
