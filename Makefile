@@ -68,7 +68,7 @@ demo: build ## train, score and select on embedded photographs; writes runs/demo
 	$(VENV)/bin/dse-ext train $(DEMO_ARGS)
 
 test: build ## run the tests
-	@$(PY) -m pytest python_tests $(if $(TEST_WORKERS),-n $(TEST_WORKERS) --dist loadfile) $(PYTEST_ARGS)
+	@$(PY) -m pytest python_tests $(if $(TEST_WORKERS),-n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder) $(PYTEST_ARGS)
 
 bench: build ## time it against lightly and plain PyTorch; prints a table of ratios
 	@mkdir -p $(dir $(BENCH_OUT))

@@ -181,19 +181,19 @@ def test_info_says_why_there_is_no_cuda() -> None:
 
 
 @pytest.mark.parametrize(
-    ("torch_cuda", "built", "operators", "devices", "reason"),
+    ("torch_cuda", "built", "loaded", "devices", "reason"),
     [
-        (None, True, ["kmeans"], 1, "built without CUDA"),
-        ("13.2", False, [], 1, "built without its CUDA library: no nvcc"),
-        ("13.2", True, [], 1, "was not loaded"),
-        ("13.2", True, ["kmeans"], 0, "torch sees no GPU"),
-        ("13.2", True, ["kmeans"], 1, None),
+        (None, True, False, 1, "built without CUDA"),
+        ("13.2", False, False, 1, "built without its CUDA library: no nvcc"),
+        ("13.2", True, False, 1, "was not loaded"),
+        ("13.2", True, True, 0, "torch sees no GPU"),
+        ("13.2", True, True, 1, None),
     ],
 )
 def test_the_first_obstacle_to_cuda_is_named(
     torch_cuda: str | None,
     built: bool,
-    operators: list[str],
+    loaded: bool,
     devices: int,
     reason: str | None,
     monkeypatch: pytest.MonkeyPatch,
@@ -201,7 +201,9 @@ def test_the_first_obstacle_to_cuda_is_named(
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
     build = {**_C.build_info(), "cuda": built, "cuda_reason": None if built else "no nvcc"}
     monkeypatch.setattr(_C, "build_info", lambda: build)
-    found = info._why_no_cuda(operators, devices)
+    here = ops.LIBRARIES["_ops"]
+    monkeypatch.setattr(ops, "LIBRARIES", {"_ops": here, **({"_cuda": here} if loaded else {})})
+    found = info._why_no_cuda(devices)
     assert found is None if reason is None else reason in str(found)
 
 
