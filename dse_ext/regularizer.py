@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from dse_ext.functional import DSEComponents, dse_components
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class DSERegularizer(nn.Module):
@@ -38,6 +43,8 @@ class DSERegularizer(nn.Module):
             Weight λ of the effective rank within DSE.
         generator:
             Source of randomness; torch's default generator if None.
+        process_group:
+            Ranks whose batches are taken as one; None for each rank's own batch.
         last:
             Components of the last call, detached, for logging; None before it.
 
@@ -69,8 +76,27 @@ class DSERegularizer(nn.Module):
         group_images: int | None = None,
         dim_weight: float = 1.0,
         generator: torch.Generator | None = None,
+        process_group: ProcessGroup | str | None = None,
     ) -> None:
         """Check and keep the parameters.
+
+        Args:
+            weight: See the attributes.
+            normalize: See the attributes.
+            local_clusters: See the attributes.
+            global_clusters: See the attributes.
+            max_kmeans_iters: See the attributes.
+            tol: See the attributes.
+            group_images: See the attributes.
+            dim_weight: See the attributes.
+            generator: See the attributes.
+            process_group:
+                A process group of ``torch.distributed``, or ``"world"``, the default group at the
+                time of the call. Clusters stay local, everything else is that of the batch of all
+                ranks; the gradient is scaled for the mean over ranks that
+                ``DistributedDataParallel`` and FSDP take, see
+                :func:`dse_ext.distributed.global_dse_components`. None: DSE of the rank's own
+                batch, without communication.
 
         Raises:
             ValueError: If ``weight`` is negative, a count is below 1 or ``tol`` is not positive.
@@ -96,7 +122,12 @@ class DSERegularizer(nn.Module):
         self.tol = tol
         self.group_images = group_images
         self.dim_weight = dim_weight
+        if isinstance(process_group, str) and process_group != "world":
+            raise ValueError(
+                f"process_group must be a ProcessGroup, 'world' or None, got {process_group!r}."
+            )
         self.generator = generator
+        self.process_group = process_group
         self.last = None
 
     def forward(self, representations: Tensor) -> Tensor:
@@ -113,29 +144,26 @@ class DSERegularizer(nn.Module):
         Raises:
             ValueError: If the features' shape or dtype is not accepted.
         """
-        if representations.ndim != 3:
-            raise ValueError(
-                "representations must have shape (batch_size, num_tokens, dim), "
-                f"got {tuple(representations.shape)}."
-            )
-        if 0 in representations.shape:
-            raise ValueError(
-                "representations must have non-empty batch, token, and feature dimensions, "
-                f"got {tuple(representations.shape)}."
-            )
+        # Over ranks the features are checked where the other ranks hear of what is wrong with them.
+        if self.process_group is None or self.weight == 0:
+            _require_dense(representations)
         if self.weight == 0:
             return representations.new_zeros(())
-        components = dse_components(
-            representations,
-            variant="regularizer",
-            local_clusters=self.local_clusters,
-            global_clusters=self.global_clusters,
-            group_images=self.group_images,
-            normalize=self.normalize,
-            max_kmeans_iters=self.max_kmeans_iters,
-            tol=self.tol,
-            generator=self.generator,
-        )
+        options: dict[str, Any] = {
+            "local_clusters": self.local_clusters,
+            "global_clusters": self.global_clusters,
+            "group_images": self.group_images,
+            "normalize": self.normalize,
+            "max_kmeans_iters": self.max_kmeans_iters,
+            "tol": self.tol,
+            "generator": self.generator,
+        }
+        if self.process_group is None:
+            components = dse_components(representations, variant="regularizer", **options)
+        else:
+            from dse_ext.distributed import global_dse_components
+
+            components = global_dse_components(representations, self.process_group, **options)
         self.last = components.detach()
         return -self.weight * components.score(self.dim_weight)
 
@@ -146,4 +174,19 @@ class DSERegularizer(nn.Module):
             f"local_clusters={self.local_clusters}, global_clusters={self.global_clusters}, "
             f"max_kmeans_iters={self.max_kmeans_iters}, tol={self.tol}, "
             f"group_images={self.group_images}, dim_weight={self.dim_weight}"
+            + ("" if self.process_group is None else f", process_group={self.process_group!r}")
+        )
+
+
+def _require_dense(representations: Tensor) -> None:
+    """Raises lightly's errors for what has no images, tokens or features."""
+    if representations.ndim != 3:
+        raise ValueError(
+            "representations must have shape (batch_size, num_tokens, dim), "
+            f"got {tuple(representations.shape)}."
+        )
+    if 0 in representations.shape:
+        raise ValueError(
+            "representations must have non-empty batch, token, and feature dimensions, "
+            f"got {tuple(representations.shape)}."
         )

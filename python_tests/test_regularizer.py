@@ -29,9 +29,9 @@ def test_leading_arguments_are_lightly_s_in_order_with_their_defaults() -> None:
     for a, b in zip(theirs, ours, strict=False):
         assert (a.name, a.default, a.kind) == (b.name, b.default, b.kind)
     extra = ours[len(theirs) :]
-    assert [p.name for p in extra] == ["group_images", "dim_weight", "generator"]
+    assert [p.name for p in extra] == ["group_images", "dim_weight", "generator", "process_group"]
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in extra)
-    assert [p.default for p in extra] == [None, 1.0, None]
+    assert [p.default for p in extra] == [None, 1.0, None, None]
 
 
 def test_attributes_are_lightly_s() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dse_ext.files import replacing as replacing
+from dse_ext.files import save_text as save_text
 
 
 class RunFolder:
@@ -41,29 +43,6 @@ class RunFolder:
         return self.checkpoints / f"step_{step:07d}.pt"
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path whose file takes the place of ``path`` once it is complete.
-
-    Whoever reads ``path``, even after a power cut, finds the old content or the new one.
-
-    Args:
-        path: The file to be written.
-
-    Yields:
-        The path to write to, in the same folder.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
     """Writes tensors and plain values, completely or not at all."""
     with replacing(path) as temporary:
@@ -74,12 +53,6 @@ def load_tensors(path: Path) -> dict[str, Any]:
     """Reads what :func:`save_tensors` wrote; runs no code from the file."""
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return content
-
-
-def save_text(path: Path, text: str) -> None:
-    """Writes text, completely or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
