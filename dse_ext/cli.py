@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from dse_ext.commands import info, train
+from dse_ext.commands import evaluate, info, train
 
 app = typer.Typer(
     name="dse-ext",
@@ -28,6 +28,7 @@ def _root() -> None:
 
 app.command()(info.info)
 app.command()(train.train)
+app.command()(evaluate.evaluate)
 
 
 def main() -> None:

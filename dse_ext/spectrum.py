@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["alpha_req", "lidar", "rankme"]
+__all__ = ["RankMeAccumulator", "alpha_req", "lidar", "rankme"]
 
 
 @torch.no_grad()
@@ -59,6 +59,74 @@ def rankme(z: Tensor, eps: float = 1e-7) -> Tensor:
     if not bool(rows.isfinite().all()):
         return _result(math.nan, z)
     return _result(_effective_rank(_singular_values(rows), eps), z)
+
+
+class RankMeAccumulator:
+    """RankMe of features that come in batches, without keeping them.
+
+    What is kept is the second moment of the rows in double precision, `d * d` values. Its
+    eigenvalues give the singular values to about 1e-8 of the largest one, which is below the ε of
+    the definition: the result is that of `rankme` on all rows to about 1e-6, and to 1e-3 where the
+    features have collapsed to very few directions.
+
+    Args:
+        eps:
+            The ε of the definition. Must be >= 0.
+
+    Raises:
+        ValueError: If `eps` is negative.
+
+    Examples:
+        >>> import torch
+        >>> from dse_ext.spectrum import RankMeAccumulator
+        >>> rank = RankMeAccumulator()
+        >>> for _ in range(3):
+        ...     rank.update(torch.eye(5))
+        >>> rank.compute()
+        tensor(5.0000, dtype=torch.float64)
+    """
+
+    def __init__(self, eps: float = 1e-7) -> None:
+        _at_least_zero("eps", eps)
+        self.eps = eps
+        self._moment: Tensor | None = None
+        self._rows = 0
+
+    @torch.no_grad()
+    def update(self, z: Tensor) -> None:
+        """Adds features.
+
+        Args:
+            z:
+                `(M, d)` or `(B, N, d)`, d always the same, on one device.
+
+        Raises:
+            ValueError: If it is no such tensor.
+        """
+        rows = _rows("z", z).to(torch.float64)
+        if self._moment is None:
+            self._moment = rows.new_zeros(rows.shape[1], rows.shape[1])
+        elif rows.shape[1] != len(self._moment):
+            raise ValueError(f"z must have {len(self._moment)} features, got {rows.shape[1]}.")
+        self._moment.addmm_(rows.mT, rows)
+        self._rows += len(rows)
+
+    @torch.no_grad()
+    def compute(self) -> Tensor:
+        """RankMe of all rows so far.
+
+        Returns:
+            0-dim float64 tensor; NaN where a feature was not finite.
+
+        Raises:
+            RuntimeError: If there was no row.
+        """
+        if self._moment is None:
+            raise RuntimeError("RankMeAccumulator.compute() needs at least one update().")
+        if not bool(self._moment.isfinite().all()):
+            return self._moment.new_full((), math.nan)
+        squares = torch.linalg.eigvalsh(self._moment)[-self._rows :]
+        return _effective_rank(squares.clamp(min=0).sqrt(), self.eps)
 
 
 @torch.no_grad()

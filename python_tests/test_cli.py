@@ -118,7 +118,7 @@ def test_interruption_says_how_to_continue(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "dyno"], "method must be one of dino, got 'dyno'"),
+        (["--method", "dyno"], "resa, simsiam, swav, vicreg, vicregl, got 'dyno'"),
         (["--backbone", "vit_tinny"], "timm has no model 'vit_tinny'"),
         (["--preset", "fast"], "preset must be one of demo, got 'fast'"),
         (["--steps", "0"], "steps must be >= 1, got 0"),

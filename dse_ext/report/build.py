@@ -20,8 +20,8 @@ from dse_ext.report.html import (
 )
 from dse_ext.report.maps import MapColumn, cluster_map_figure
 from dse_ext.report.style import png_uri, svg_uri
-from dse_ext.report.table import summary_lines
-from dse_ext.ssl.config import TrainConfig
+from dse_ext.report.table import ordinal, summary_lines
+from dse_ext.ssl.config import AUTO, TrainConfig
 from dse_ext.ssl.scoring import (
     CheckpointScore,
     ScoringData,
@@ -52,10 +52,14 @@ def write_report(
         data: The images that scores were computed on.
         summary: The content of ``results.json``.
     """
+    from dse_ext.ssl.methods import find_method
+
     rows = read_lines(folder.metrics)
     labelled = data.heldout is not None
     sections = [
-        table_section(scores, selection, summary_lines(scores, selection)),
+        table_section(
+            scores, selection, summary_lines(scores, selection, config.start), config.start
+        ),
         figure_section(
             "DSE over training",
             "Scores on a fixed set of images that are not augmented. "
@@ -79,24 +83,24 @@ def write_report(
         json_section("Configuration", config.to_dict()),
     ]
     text = page(
-        f"{config.method.upper()} with the DSE regularizer",
+        f"{find_method(config.method).title} with the DSE regularizer",
         f"{config.backbone} on {config.data}, {config.steps} steps of {config.batch_size} images, "
         f"β = {config.dse_weight:g}",
-        _tiles(scores, selection, summary),
+        _tiles(scores, selection, summary, config.start),
         sections,
     )
     save_text(folder.report, text)
 
 
 def _tiles(
-    scores: Sequence[CheckpointScore], selection: Selection, summary: dict[str, Any]
+    scores: Sequence[CheckpointScore], selection: Selection, summary: dict[str, Any], start: str
 ) -> list[tuple[str, str]]:
     by_step = {score.step: score for score in scores}
     first = by_step[selection.chosen[0]]
     tiles = [(f"step {first.step}", "first choice of DSE")]
     if first.miou is not None and scores[0].miou is not None:
         tiles.append((f"{100 * first.miou:.1f} %", "its mIoU on held-out scenes"))
-        tiles.append((f"{100 * scores[0].miou:.1f} %", "mIoU of the untrained network"))
+        tiles.append((f"{100 * scores[0].miou:.1f} %", f"mIoU of the {start} network"))
         tau = "-" if selection.kendall_tau is None else f"{selection.kendall_tau:.2f}"
         tiles.append((tau, "Kendall's τ of DSE with mIoU"))
     tiles.append((f"{selection.dim_weight:.2f}", "λ over the checkpoints"))
@@ -113,11 +117,10 @@ def _method(config: TrainConfig, data: ScoringData, summary: dict[str, Any]) -> 
         f"without augmentation, {config.local_clusters} clusters per image and "
         f"{config.global_clusters} per group, the same random draw for every checkpoint. A "
         "checkpoint is a candidate where its DSE is the maximum among two neighbours on each "
-        "side; the three best candidates are chosen. The untrained network takes no part in λ, "
-        "the choice and τ.",
-        "Regularizer: variant “regularizer” on the student's patch tokens of both global views "
-        f"at every step, L = L_ssl − {config.dse_weight:g} · DSE. It took "
-        f"{training['dse_seconds']:.1f} s of {training['step_seconds']:.1f} s.",
+        f"side; the three best candidates are chosen. The {config.start} network takes no part in "
+        "λ, the choice and τ.",
+        _regularization(config) + f" It took {training['dse_seconds']:.1f} s of "
+        f"{training['step_seconds']:.1f} s.",
     ]
     if data.probe is not None and data.heldout is not None:
         paragraphs.append(
@@ -132,6 +135,26 @@ def _method(config: TrainConfig, data: ScoringData, summary: dict[str, Any]) -> 
     if skipped:
         paragraphs.append("Images that could not be read: " + "; ".join(skipped) + ".")
     return paragraphs
+
+
+def _regularization(config: TrainConfig) -> str:
+    """What was regularized, when and how strongly."""
+    from dse_ext.ssl.methods import find_method
+
+    if config.dse_weight == 0:
+        return "Regularizer: none."
+    what = find_method(config.method).regularizes
+    if config.dse_views:
+        what += f" ({config.dse_views} of them at most)"
+    if config.dse_layer != "last":
+        what += f", of layer {config.dse_layer}"
+    every = "every step" if config.dse_every == 1 else f"every {ordinal(config.dse_every)} step"
+    dim = "λ from the run" if config.dim_weight == AUTO else f"λ = {config.dim_weight:g}"
+    warmup = f", β rising over the first {config.dse_warmup:.0%}" if config.dse_warmup else ""
+    return (
+        f"Regularizer: variant “regularizer” on {what}, at {every}, "
+        f"L = L_ssl − {config.dse_weight:g} · DSE, {dim}{warmup}."
+    )
 
 
 @torch.no_grad()

@@ -121,7 +121,9 @@ def training_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     import matplotlib
     from matplotlib.figure import Figure
 
-    regularized = all("dse" in row for row in rows)
+    # Rows of the steps that DSE took part in.
+    with_dse = [row for row in rows if "dse" in row]
+    regularized = bool(with_dse)
     steps = [row["step"] for row in rows]
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(12.6 if regularized else 4.4, 3.2), layout="constrained")
@@ -135,7 +137,13 @@ def training_figure(rows: Sequence[dict[str, Any]]) -> Figure:
                 ("m_intra_batch", "M intra, batch", RED),
                 ("m_dim", "M dim", GREEN),
             ):
-                _smoothed(axes[1], steps, [row[key] for row in rows], colour, name)
+                _smoothed(
+                    axes[1],
+                    [row["step"] for row in with_dse],
+                    [row[key] for row in with_dse],
+                    colour,
+                    name,
+                )
             axes[1].set(title="Regularizer's components (student)", xlabel="step")
             axes[1].set_ylim(bottom=0)
             axes[1].legend(fontsize=8, ncols=2)

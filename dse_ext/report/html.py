@@ -88,7 +88,10 @@ def figure_section(title: str, text: str, uri: str) -> str:
 
 
 def table_section(
-    scores: Sequence[CheckpointScore], selection: Selection, lines: Sequence[str]
+    scores: Sequence[CheckpointScore],
+    selection: Selection,
+    lines: Sequence[str],
+    start: str = "untrained",
 ) -> str:
     """The checkpoint table.
 
@@ -96,6 +99,7 @@ def table_section(
         scores: One score per checkpoint in the order of training.
         selection: λ and the chosen checkpoints.
         lines: Sentences below it, plain text.
+        start: What the network at step 0 is.
     """
     labelled = all(score.miou is not None for score in scores)
     heads = ["step", "M inter", "M intra, image", "M intra, batch", "M dim", "DSE"]
@@ -114,7 +118,7 @@ def table_section(
             cells.append(f"{100 * score.miou:.1f}")
         kind, choice = "", "no"
         if score.step == 0:
-            kind, choice = "untrained", "untrained, for comparison"
+            kind, choice = "untrained", f"{start}, for comparison"
         elif score.step in selection.chosen:
             kind = "chosen"
             choice = f"yes, {ordinal(selection.chosen.index(score.step) + 1)}"

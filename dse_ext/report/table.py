@@ -11,12 +11,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def checkpoint_table(scores: Sequence[CheckpointScore], selection: Selection) -> Table:
+def checkpoint_table(
+    scores: Sequence[CheckpointScore], selection: Selection, start: str = "untrained"
+) -> Table:
     """Lays out checkpoints, DSE with its components, mIoU and choice.
 
     Args:
         scores: One score per checkpoint in the order of training.
         selection: λ and the chosen checkpoints.
+        start: What the network at step 0 is.
 
     Returns:
         A rich table; the mIoU column is absent without labels.
@@ -44,17 +47,20 @@ def checkpoint_table(scores: Sequence[CheckpointScore], selection: Selection) ->
         row = [str(score.step), *(f"{value:.4f}" for value in values)]
         if score.miou is not None and labelled:
             row.append(f"{100 * score.miou:.1f}")
-        row.append("untrained" if score.step == 0 else f"yes, {ordinal(rank)}" if rank else "no")
+        row.append(start if score.step == 0 else f"yes, {ordinal(rank)}" if rank else "no")
         table.add_row(*row, style="bold green" if rank else "dim" if score.step == 0 else None)
     return table
 
 
-def summary_lines(scores: Sequence[CheckpointScore], selection: Selection) -> list[str]:
+def summary_lines(
+    scores: Sequence[CheckpointScore], selection: Selection, start: str = "untrained"
+) -> list[str]:
     """The sentences below the table.
 
     Args:
         scores: One score per checkpoint in the order of training.
         selection: λ, the chosen checkpoints and Kendall's τ.
+        start: What the network at step 0 is.
 
     Returns:
         Lines of plain text.
@@ -80,7 +86,7 @@ def summary_lines(scores: Sequence[CheckpointScore], selection: Selection) -> li
     best = max(trained, key=lambda score: score.miou or 0.0)
     first = by_step[selection.chosen[0]]
     lines.append(
-        f"mIoU: untrained {_percent(scores[0])}, DSE's first choice {_percent(first)} "
+        f"mIoU: {start} {_percent(scores[0])}, DSE's first choice {_percent(first)} "
         f"(step {first.step}), last {_percent(trained[-1])}, "
         f"best {_percent(best)} (step {best.step})"
     )

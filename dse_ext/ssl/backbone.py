@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dse_ext.hooks import DenseFeatures
 from dse_ext.ssl.config import ConfigError
+
+FAMILIES: dict[str, str] = {"vit": "ViT", "swin": "Swin", "resnet": "ResNet"}
+"""Families of backbones: token sequences, channels-last maps, channels-first maps."""
+
+
+class Encoded(NamedTuple):
+    """What a backbone makes of a batch of images.
+
+    Attributes:
+        pooled: Image vectors ``(B, d)``.
+        dense: Dense features ``(B, N, d)`` after the final norm.
+        regularized: Dense features ``(B, N', d')`` that DSE is applied to: ``dense``, or those of
+            the layer that was chosen by :meth:`DenseBackbone.tap`.
+    """
+
+    pooled: Tensor
+    dense: Tensor
+    regularized: Tensor
 
 
 class DenseBackbone(nn.Module):
@@ -28,6 +48,14 @@ class DenseBackbone(nn.Module):
         self.dim = int(model.num_features)  # type: ignore[arg-type]
         self.prefix = int(getattr(model, "num_prefix_tokens", 0))
         self.channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        self._tap: DenseFeatures | None = None
+
+    @property
+    def family(self) -> str:
+        """The key of :data:`FAMILIES` that the model belongs to."""
+        if self.channels_last:
+            return "swin"
+        return "vit" if hasattr(self.model, "num_prefix_tokens") else "resnet"
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the image vectors and the dense features.
@@ -38,13 +66,68 @@ class DenseBackbone(nn.Module):
         Returns:
             Pooled features ``(B, d)`` and dense features ``(B, N, d)``, N in row order.
         """
-        features: Tensor = self.model.forward_features(images)  # type: ignore[operator]
+        encoded = self.encode(images)
+        return encoded.pooled, encoded.dense
+
+    def encode(self, images: Tensor) -> Encoded:
+        """Returns what :meth:`forward` does, and the features that DSE is applied to.
+
+        Args:
+            images: Normalized images of shape ``(B, 3, H, W)``.
+        """
+        return self.split(self.model.forward_features(images))  # type: ignore[operator]
+
+    def split(self, features: Tensor) -> Encoded:
+        """Takes the output of the model's ``forward_features`` apart.
+
+        Args:
+            features: Tokens or a feature map of the pass that has just been made.
+        """
         pooled: Tensor = self.model.forward_head(features, pre_logits=True)  # type: ignore[operator]
         if features.ndim == 3:
-            return pooled, features[:, self.prefix :]
-        if self.channels_last:
-            return pooled, features.flatten(1, 2)
-        return pooled, features.flatten(2).transpose(1, 2)
+            dense = features[:, self.prefix :]
+        elif self.channels_last:
+            dense = features.flatten(1, 2)
+        else:
+            dense = features.flatten(2).transpose(1, 2)
+        return Encoded(pooled, dense, dense if self._tap is None else self._tap.take())
+
+    def tap(self, layer: str) -> None:
+        """Chooses the layer whose dense features DSE is applied to.
+
+        Copies that were made before, such as a teacher, are left alone.
+
+        Args:
+            layer: ``"last"`` (the dense features themselves), the number of a block or stage
+                (negative: from the end), or the name of a module.
+
+        Raises:
+            ConfigError: If the model has no such layer.
+        """
+        if self._tap is not None:
+            self._tap.remove()
+            self._tap = None
+        if layer == "last":
+            return
+        number = int(layer) if layer.lstrip("-").isdigit() else layer
+        try:
+            self._tap = DenseFeatures(self.model, number)
+        except ValueError as error:
+            raise ConfigError(f"dse_layer: {error}") from error
+
+    @torch.no_grad()
+    def grid(self, image_size: int) -> int:
+        """Rows (and columns) of the dense features of a square image.
+
+        Args:
+            image_size: Its width in pixels.
+        """
+        training = self.training
+        weight = next(self.parameters())
+        self.eval()
+        dense = self.encode(weight.new_zeros(1, 3, image_size, image_size)).dense
+        self.train(training)
+        return math.isqrt(dense.shape[1])
 
 
 def create_backbone(

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+AUTO = "auto"
+"""The value of ``TrainConfig.dim_weight`` that means: computed during the run."""
 
 TEXTURE_SCENES = "texture-scenes"
 """The value of ``TrainConfig.data`` that means :class:`dse_ext.data.TextureScenes`."""
@@ -32,14 +37,30 @@ class TrainConfig:
         image_size: Width and height of a global view and of an image to be scored, in pixels.
         patch_size: Patch size of a ViT in pixels; None leaves the model's own.
         steps: Number of optimizer steps.
+        epochs: Number of passes over the images, in the place of ``steps``; 0 leaves ``steps``.
         batch_size: Images per step (each gives several views).
-        lr: Peak learning rate of AdamW.
+        accumulate: Number of equal parts that a batch is worked on in, one after the other, to
+            save memory. Losses and DSE are then those of a part.
+        optimizer: ``"adamw"``, ``"sgd"`` or ``"lars"``.
+        sgd_momentum: Momentum of SGD and LARS.
+        lr: Peak learning rate.
         min_lr: Learning rate at the last step.
         warmup: Share of the steps over which the learning rate rises linearly.
         weight_decay: Weight decay at the first step.
         weight_decay_end: Weight decay at the last step (cosine in between).
         clip_grad: Bound on the gradient's norm; 0 switches clipping off.
+        init: Checkpoint to start from; None starts from random weights.
+        init_format: What wrote it: a method of ``dse_ext.checkpoints``, or ``"auto"``: this
+            program where the file is one of its own, else the method.
+        allow_pickle: Whether code in the checkpoint may run.
         dse_weight: β of L = L_ssl − β · DSE; 0 trains without the regularizer.
+        dse_every: DSE takes part in every n-th step; β is not scaled for it.
+        dse_warmup: Share of the steps over which β rises linearly.
+        dim_weight: λ of DSE = M_inter − M_intra + λ · M_dim: a number, or ``"auto"``: the ratio of
+            the standard deviations of both parts over the run so far.
+        dse_layer: Layer whose dense features are regularized: ``"last"`` (after the final norm),
+            the number of a block or stage (negative: from the end), or the name of a module.
+        dse_views: Number of global views whose features are regularized; 0 for all.
         local_clusters: Clusters per image in the regularizer and in the scores.
         global_clusters: Clusters per group of images in the regularizer and in the scores.
         checkpoints: Number of checkpoints that are kept, evenly spaced; the untrained network is
@@ -48,7 +69,10 @@ class TrainConfig:
         probe_images: Number of labelled training scenes that the linear probe is fitted to.
         heldout_images: Number of held-out scenes that the linear probe is measured on.
         seed: Seed of everything.
-        precision: ``"float32"`` or ``"bfloat16"`` (autocast).
+        precision: ``"float32"``, ``"bfloat16"`` (autocast), or ``"float16"`` (autocast with a
+            scaled loss; steps whose gradient is not finite are skipped).
+        grad_checkpointing: Compute activations again in the backward pass, to save memory.
+        compile: Compile the method's forward and backward pass with ``torch.compile``.
         device: ``"auto"`` or a torch device.
         threads: CPU threads of the training process; 0 chooses.
         workers: Processes that prepare images; -1 chooses, 0 prepares them in the training
@@ -66,14 +90,26 @@ class TrainConfig:
     image_size: int = 96
     patch_size: int | None = None
     steps: int = 1000
+    epochs: float = 0.0
     batch_size: int = 64
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    sgd_momentum: float = 0.9
     lr: float = 5e-4
     min_lr: float = 1e-6
     warmup: float = 0.1
     weight_decay: float = 0.04
     weight_decay_end: float = 0.4
     clip_grad: float = 3.0
+    init: str | None = None
+    init_format: str = "auto"
+    allow_pickle: bool = False
     dse_weight: float = 0.001
+    dse_every: int = 1
+    dse_warmup: float = 0.0
+    dim_weight: float | str = 1.0
+    dse_layer: str = "last"
+    dse_views: int = 0
     local_clusters: int = 3
     global_clusters: int = 24
     checkpoints: int = 10
@@ -82,6 +118,8 @@ class TrainConfig:
     heldout_images: int = 256
     seed: int = 0
     precision: str = "float32"
+    grad_checkpointing: bool = False
+    compile: bool = False
     device: str = "auto"
     threads: int = 0
     workers: int = -1
@@ -102,9 +140,32 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}.")
         if not self.warmup < 1:
             raise ConfigError(f"warmup is a share of the steps, in [0, 1), got {self.warmup}.")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ConfigError(f"precision must be float32 or bfloat16, got {self.precision!r}.")
-        if self.checkpoints > self.steps:
+        if not self.dse_warmup <= 1:
+            raise ConfigError(
+                f"dse_warmup is a share of the steps, in [0, 1], got {self.dse_warmup}."
+            )
+        if not self.sgd_momentum < 1:
+            raise ConfigError(f"sgd_momentum must lie in [0, 1), got {self.sgd_momentum}.")
+        for name, accepted in _ACCEPTED.items():
+            if getattr(self, name) not in accepted:
+                raise ConfigError(
+                    f"{name} must be {', '.join(accepted[:-1])} or {accepted[-1]}, "
+                    f"got {getattr(self, name)!r}."
+                )
+        if isinstance(self.dim_weight, str):
+            if self.dim_weight != AUTO:
+                raise ConfigError(
+                    f"dim_weight must be a number >= 0 or {AUTO!r}, got {self.dim_weight!r}."
+                )
+        elif not self.dim_weight >= 0:
+            raise ConfigError(
+                f"dim_weight must be a number >= 0 or {AUTO!r}, got {self.dim_weight}."
+            )
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"accumulate must divide batch_size ({self.batch_size}), got {self.accumulate}."
+            )
+        if not self.epochs and self.checkpoints > self.steps:
             raise ConfigError(
                 f"checkpoints must be <= steps ({self.steps}), got {self.checkpoints}."
             )
@@ -114,9 +175,44 @@ class TrainConfig:
                 f"got {self.image_size}."
             )
 
+    @classmethod
+    def for_method(cls, method: str, **options: Any) -> TrainConfig:
+        """The configuration that ``dse-ext train --method METHOD`` has.
+
+        Args:
+            method: Name of the method; its recipe takes the place of the defaults.
+            **options: Options that differ from the recipe and the defaults.
+
+        Raises:
+            ConfigError: If there is no such method, or an option is not accepted.
+
+        Examples:
+            >>> TrainConfig.for_method("byol", steps=200).backbone
+            'resnet18'
+        """
+        return merge_options({"method": method, **options})
+
+    @property
+    def start(self) -> str:
+        """What the network at step 0 is: ``"untrained"``, or ``"given"`` as a checkpoint."""
+        return "untrained" if self.init is None else "given"
+
+    def for_images(self, images: int) -> TrainConfig:
+        """The same configuration with ``epochs``, if there are any, turned into ``steps``.
+
+        Args:
+            images: Number of images of the data set.
+        """
+        if not self.epochs:
+            return self
+        steps = max(math.ceil(self.epochs * images / self.batch_size), 1)
+        return dataclasses.replace(self, steps=steps)
+
     def checkpoint_steps(self) -> tuple[int, ...]:
         """The steps whose networks are kept, from 0 (untrained) to the last."""
-        return tuple(round(k * self.steps / self.checkpoints) for k in range(self.checkpoints + 1))
+        # Of a run that is counted in epochs it may turn out that it has fewer steps.
+        number = min(self.checkpoints, self.steps)
+        return tuple(round(k * self.steps / number) for k in range(number + 1))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dictionary that JSON can hold."""
@@ -163,13 +259,19 @@ _LEAST: dict[str, float] = {
     "image_size": 16,
     "patch_size": 1,
     "steps": 1,
+    "epochs": 0,
     "batch_size": 1,
+    "accumulate": 1,
+    "sgd_momentum": 0,
     "min_lr": 0,
     "warmup": 0,
     "weight_decay": 0,
     "weight_decay_end": 0,
     "clip_grad": 0,
     "dse_weight": 0,
+    "dse_every": 1,
+    "dse_warmup": 0,
+    "dse_views": 0,
     "local_clusters": 1,
     "global_clusters": 1,
     "checkpoints": 1,
@@ -180,6 +282,11 @@ _LEAST: dict[str, float] = {
     "threads": 0,
     "workers": -1,
     "save_every": 1,
+}
+
+_ACCEPTED: dict[str, tuple[str, ...]] = {
+    "precision": ("float32", "bfloat16", "float16"),
+    "optimizer": ("adamw", "sgd", "lars"),
 }
 
 MACHINE_OPTIONS: frozenset[str] = frozenset({"device", "threads", "workers", "save_every"})
@@ -220,7 +327,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 def merge_options(
     given: Mapping[str, Any], preset: str | None = None, resumed: Path | None = None
 ) -> TrainConfig:
-    """Puts a configuration together: defaults, or the resumed run's; preset; given options.
+    """Puts a configuration together.
+
+    Later ones take precedence: defaults, the method's recipe, what a checkpoint of ``init`` says of
+    its network (or, in the place of all three, the resumed run's configuration); preset; given
+    options.
 
     Args:
         given: Options that were given; ``method_args`` and ``backbone_args`` are added to those
@@ -237,17 +348,71 @@ def merge_options(
     """
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"preset must be one of {', '.join(sorted(PRESETS))}, got {preset!r}.")
-    values: dict[str, Any] = {}
+    if "steps" in given and given.get("epochs"):
+        raise ConfigError(
+            f"give steps or epochs, not both: got {given['steps']} and {given['epochs']}."
+        )
+    chosen = PRESETS[preset] if preset is not None else {}
+    values: dict[str, Any]
     if resumed is not None and (resumed / "config.json").is_file():
         values = TrainConfig.load(resumed / "config.json").to_dict()
-    values.update(PRESETS[preset] if preset is not None else {})
+    else:
+        network = _network_of(given.get("init"))
+        named = {**network, **chosen, **given}
+        method = named.get("method", TrainConfig.method)
+        values = {"method": method, "backbone": TrainConfig.backbone}
+        values = _overlay(values, _recipe(method, named.get("backbone")))
+        # The checkpoint's own arguments: a recipe's would make another network of it.
+        values = {**_overlay(values, network), **_only(network, "backbone_args")}
+    return TrainConfig.from_dict(_overlay(_overlay(values, chosen), given))
+
+
+def _overlay(values: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts options on top of others; arguments are added to those of the same owner."""
+    merged = {**values, **layer}
     for name, owner in (("method_args", "method"), ("backbone_args", "backbone")):
-        before = (
-            values.get(name, {}) if given.get(owner, values.get(owner)) == values.get(owner) else {}
-        )
-        values[name] = {**before, **given.get(name, {})}
-    values.update({k: v for k, v in given.items() if k not in ("method_args", "backbone_args")})
-    return TrainConfig.from_dict(values)
+        same = merged.get(owner) == values.get(owner)
+        merged[name] = {**(values.get(name, {}) if same else {}), **layer.get(name, {})}
+    return merged
+
+
+def _recipe(method: str, backbone: str | None) -> Mapping[str, Any]:
+    """The recipe of a method; of another kind of backbone only the method's own options hold."""
+    from dse_ext.ssl.methods import METHODS
+
+    if method not in METHODS:  # an error where the method is created
+        return {}
+    recipe = METHODS[method].recipe
+    if backbone is not None and _kind(backbone) != _kind(
+        recipe.get("backbone", TrainConfig.backbone)
+    ):
+        return _only(recipe, "method_args")
+    return recipe
+
+
+def _kind(backbone: str) -> str:
+    """``"resnet"`` of ``"resnet18"``, ``"vit"`` of ``"vit_small_patch16_224"``."""
+    return re.split(r"[^a-z]", backbone, maxsplit=1)[0]
+
+
+def _network_of(checkpoint: str | None) -> dict[str, Any]:
+    """What the configuration of the run that wrote a checkpoint says of its network."""
+    if checkpoint is None:
+        return {}
+    folder = Path(checkpoint).parent
+    for path in (folder / "config.json", folder.parent / "config.json"):
+        if path.is_file():
+            try:
+                values = TrainConfig.load(path).to_dict()
+            except ConfigError:
+                continue  # other programs have a config.json too
+            return _only(values, "method", "method_args", "backbone", "backbone_args",
+                         "patch_size", "image_size")  # fmt: skip
+    return {}
+
+
+def _only(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: values[name] for name in names if name in values}
 
 
 def available_cores() -> int:

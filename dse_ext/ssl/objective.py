@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,13 @@ class Regularized(NamedTuple):
         return self.ssl_loss + self.dse_loss
 
 
-def backward(output: MethodOutput, regularizer: DSERegularizer | None) -> Regularized:
+def backward(
+    output: MethodOutput,
+    regularizer: DSERegularizer | None,
+    *,
+    scale: float = 1.0,
+    views: int = 0,
+) -> Regularized:
     """Backpropagates L = L_ssl − β · DSE.
 
     The regularizer runs forward and backward on a detached copy of the patch tokens, and its
@@ -44,20 +51,26 @@ def backward(output: MethodOutput, regularizer: DSERegularizer | None) -> Regula
     Args:
         output: Loss and patch tokens of a forward pass.
         regularizer: A :class:`dse_ext.DSERegularizer`; None leaves the loss as it is.
+        scale: Factor of the gradients, for float16 and for parts of a batch.
+        views: Number of views whose tokens are regularized; 0 for all.
 
     Returns:
-        Values for the log.
+        Values for the log, not scaled.
     """
-    tokens = output.patch_tokens
+    loss, tokens = output.loss, output.patch_tokens
+    scaled = loss if scale == 1 else loss * scale
     if regularizer is None:
-        output.loss.backward()
-        return Regularized(float(output.loss.detach()), 0.0, {}, 0.0)
+        scaled.backward()
+        return Regularized(float(loss.detach()), 0.0, {}, 0.0)
+    if 0 < views < output.views:
+        tokens = tokens[: views * (len(tokens) // output.views)]
     start = _now(tokens.device)
     leaf = tokens.detach().requires_grad_()
     penalty = regularizer(leaf)
-    penalty.backward()
+    # Scaled before the gradient is rounded to the tokens' precision.
+    (penalty if scale == 1 else penalty * scale).backward()
     seconds = _now(tokens.device) - start
-    torch.autograd.backward([output.loss, tokens], [None, leaf.grad])
+    torch.autograd.backward([scaled, tokens], [None, leaf.grad])
     last = regularizer.last
     assert last is not None  # set by the call above
     components = {
@@ -65,9 +78,26 @@ def backward(output: MethodOutput, regularizer: DSERegularizer | None) -> Regula
         "m_intra_image": float(last.m_intra_image),
         "m_intra_batch": float(last.m_intra_batch),
         "m_dim": float(last.m_dim),
-        "dse": float(last.score()),
+        "dse": float(last.score(regularizer.dim_weight)),
     }
-    return Regularized(float(output.loss.detach()), float(penalty.detach()), components, seconds)
+    return Regularized(float(loss.detach()), float(penalty.detach()), components, seconds)
+
+
+def mean(parts: Sequence[Regularized]) -> Regularized:
+    """The values of a batch that was worked on in parts; their times are added.
+
+    Args:
+        parts: Values of equal parts.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    names = parts[0].components
+    return Regularized(
+        sum(part.ssl_loss for part in parts) / len(parts),
+        sum(part.dse_loss for part in parts) / len(parts),
+        {name: sum(part.components[name] for part in parts) / len(parts) for name in names},
+        sum(part.seconds for part in parts),
+    )
 
 
 def _now(device: torch.device) -> float:

@@ -104,7 +104,7 @@ def train(
     folder = RunFolder(out)
     device = choose_device(config.device)
     source = open_source(config)
-    config = _prepare_folder(folder, config, resume, overwrite)
+    config = _prepare_folder(folder, config.for_images(len(source)), resume, overwrite)
     started = time.perf_counter()
     with use_threads(config):
         _train(config, folder, source, device, console)
@@ -117,11 +117,13 @@ def train(
         summary["seconds"] = time.perf_counter() - started
         save_text(folder.results, json.dumps(summary, indent=2) + "\n")
         write_report(folder, config, scores, selection, data, summary)
-    console.print(checkpoint_table(scores, selection))
-    for line in summary_lines(scores, selection):
+    console.print(checkpoint_table(scores, selection, config.start))
+    for line in summary_lines(scores, selection, config.start):
         console.print(line, highlight=False)
     share = 100 * summary["training"]["dse_share"]
     console.print(f"regularizer: {share:.1f} % of the training step time", highlight=False)
+    if skipped := summary["training"]["skipped_steps"]:
+        console.print(f"skipped: {skipped} steps whose gradient was not finite", highlight=False)
     console.print(f"report:  {folder.report}", highlight=False, soft_wrap=True)
     console.print(f"results: {folder.results}", highlight=False, soft_wrap=True)
     return RunResult(config, tuple(scores), selection, folder.results, folder.report, summary)
@@ -288,6 +290,7 @@ def _summary(
         ],
         "training": {
             "steps": len(rows),
+            "skipped_steps": sum(row.get("step_skipped", False) for row in rows),
             "step_seconds": step_seconds,
             "data_seconds": data_seconds,
             "dse_seconds": dse_seconds,

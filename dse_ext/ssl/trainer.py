@@ -12,15 +12,19 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dse_ext.data import ImageSource
-from dse_ext.ssl.backbone import create_backbone
-from dse_ext.ssl.config import TrainConfig, available_cores
+from dse_ext.regularizer import DSERegularizer
+from dse_ext.ssl.backbone import DenseBackbone, create_backbone
+from dse_ext.ssl.config import ConfigError, TrainConfig, available_cores
+from dse_ext.ssl.initialization import load_method, start_from
 from dse_ext.ssl.loader import AugmentedViews, Batch, StepSampler, batches
-from dse_ext.ssl.methods import find_method
-from dse_ext.ssl.objective import backward
+from dse_ext.ssl.methods import Method, MethodOutput, find_method
+from dse_ext.ssl.objective import Regularized, backward, mean
+from dse_ext.ssl.optimizer import create_optimizer
 from dse_ext.ssl.randomness import random_state, seed_all, set_random_state
+from dse_ext.ssl.regularization import Regularization
 from dse_ext.ssl.storage import (
     RunFolder,
     append_line,
@@ -29,6 +33,10 @@ from dse_ext.ssl.storage import (
     save_tensors,
     write_lines,
 )
+
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_SKIPPED_AT_MOST = 50
+"""Steps in a row whose gradient may be infinite: far more than the scale of the loss needs."""
 
 StepRow = dict[str, Any]
 """One line of ``metrics.jsonl``."""
@@ -61,7 +69,7 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, folder: RunFolder, source: ImageSource, device: torch.device
     ) -> None:
-        """Builds networks and optimizer, untrained.
+        """Builds networks and optimizer, untrained or as the configuration's checkpoint has them.
 
         Args:
             config: The configuration.
@@ -70,10 +78,8 @@ class Trainer:
             device: Where the networks live.
 
         Raises:
-            ConfigError: If backbone or method do not accept the configuration.
+            ConfigError: If backbone, method or checkpoint do not fit the configuration.
         """
-        import dse_ext
-
         self.config = config
         self.folder = folder
         self.source = source
@@ -83,33 +89,35 @@ class Trainer:
         backbone = create_backbone(
             config.backbone, config.image_size, config.patch_size, config.backbone_args
         )
-        self.method = (
-            find_method(config.method)
-            .create(backbone, config.image_size, config.steps, config.method_args)
-            .to(device)
-            .train()
+        # A run that is continued has left its start behind.
+        start = None if folder.state.is_file() else start_from(config, backbone)
+        self.method = self._create_method(backbone)
+        if start is not None:
+            load_method(self.method, start, config)
+        self.method.to(device).train()
+        # After the method has made its copies (teachers), which are not regularized.
+        backbone.tap(config.dse_layer)
+        if config.grad_checkpointing:
+            _checkpoint_activations(backbone, config.backbone)
+        self._forward: Callable[[list[Tensor], int], MethodOutput] = (
+            torch.compile(self.method) if config.compile else self.method
         )
-        self.optimizer = self._optimizer()
+        self.optimizer = create_optimizer(config, self.method)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.dse_generator = torch.Generator(device).manual_seed(config.seed)
-        self.regularizer: dse_ext.DSERegularizer | None = None
-        if config.dse_weight > 0:
-            self.regularizer = dse_ext.DSERegularizer(
-                weight=config.dse_weight,
-                local_clusters=config.local_clusters,
-                global_clusters=config.global_clusters,
-                generator=self.dse_generator,
-            )
+        self.regularization = Regularization(config, self.dse_generator)
+        self._skipped_in_a_row = 0
         self._stop = False
 
-    def _optimizer(self) -> torch.optim.AdamW:
-        from lightly.models.utils import get_weight_decay_parameters
-
-        decayed, plain = get_weight_decay_parameters(self.method.trained())
-        groups = [
-            {"params": [p for p in decayed if p.requires_grad], "decay": True},
-            {"params": [p for p in plain if p.requires_grad], "decay": False, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=self.config.lr, fused=True)
+    def _create_method(self, backbone: DenseBackbone) -> Method:
+        config, kind = self.config, find_method(self.config.method)
+        images = config.batch_size // config.accumulate
+        if images < kind.min_batch:
+            raise ConfigError(
+                f"method {kind.name} compares the images of a batch: batch_size / accumulate must "
+                f"be >= {kind.min_batch}, got {config.batch_size} / {config.accumulate}."
+            )
+        return kind.create(backbone, config.image_size, config.steps, config.method_args)
 
     # ------------------------------------------------------------------ the loop
 
@@ -121,7 +129,8 @@ class Trainer:
 
         Raises:
             Interrupted: If SIGINT or SIGTERM arrived; the state has been saved.
-            TrainingDiverged: If the loss became infinite or NaN.
+            TrainingDiverged: If the loss became infinite or NaN, or (in float16) no gradient was
+                finite for many steps.
         """
         config = self.config
         if self.step == 0:
@@ -144,11 +153,7 @@ class Trainer:
                 row = self._train_step(batch)
                 row["data_seconds"] = started - waited
                 append_line(self.folder.metrics, row)
-                if not math.isfinite(row["loss"]):
-                    raise TrainingDiverged(
-                        f"the loss became {row['loss']} at step {row['step']}: try a smaller lr "
-                        f"than {config.lr} or a smaller dse-weight than {config.dse_weight}."
-                    )
+                self._check(row)
                 on_step(row)
                 # Read once: a signal during the save below is for the next step to see.
                 stop = self._stop
@@ -160,36 +165,93 @@ class Trainer:
                     raise Interrupted(self.step)
                 waited = time.perf_counter()
 
+    def _check(self, row: StepRow) -> None:
+        """Raises TrainingDiverged if going on makes no sense."""
+        config = self.config
+        advice = (
+            f"try a smaller lr than {config.lr} or a smaller dse-weight than {config.dse_weight}."
+        )
+        if not row["step_skipped"]:
+            self._skipped_in_a_row = 0
+            if not math.isfinite(row["loss"]):
+                raise TrainingDiverged(
+                    f"the loss became {row['loss']} at step {row['step']}: {advice}"
+                )
+            return
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row == _SKIPPED_AT_MOST:
+            raise TrainingDiverged(
+                f"no gradient was finite in the {_SKIPPED_AT_MOST} steps up to {row['step']}: "
+                f"{advice}"
+            )
+
     def _train_step(self, batch: Batch) -> StepRow:
         config, method = self.config, self.method
         started = time.perf_counter()
         self._schedule()
         views = [view.to(self.device, non_blocking=True) for view in batch.views]
-        with torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"
-        ):
-            output = method(views, self.step)
-        values = backward(output, self.regularizer)
+        scaled = self.scaler.is_enabled()
+        # A pass in float16 may fill running statistics, centres and queues with NaN.
+        before = {n: b.clone() for n, b in method.named_buffers()} if scaled else {}
+        regularizer = self.regularization.at(self.step)
+        values = self._forward_and_backward(views, regularizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if scaled:
+            self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, config.clip_grad or math.inf)
-        method.before_optimizer(self.step)
-        self.optimizer.step()
+        skipped = scaled and not math.isfinite(float(norm))
+        if skipped:
+            with torch.no_grad():
+                for name, buffer in method.named_buffers():
+                    buffer.copy_(before[name])
+        else:
+            method.before_optimizer(self.step)
+            self.optimizer.step()
+            self.regularization.observe(values.components)
         self.optimizer.zero_grad(set_to_none=True)
-        method.after_optimizer(self.step)
+        if not skipped:
+            method.after_optimizer(self.step)
+        if scaled:
+            self.scaler.update()
         grad_norm = float(norm)  # waits for the device, so that the time below is the step's
         self.step += 1
+        weights = {} if regularizer is None else {
+            "dse_weight": regularizer.weight, "dim_weight": regularizer.dim_weight
+        }  # fmt: skip
         return {
             "step": self.step,
             "loss": values.loss,
             "ssl_loss": values.ssl_loss,
             "dse_loss": values.dse_loss,
             **values.components,
+            **weights,
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": grad_norm,
+            "step_skipped": skipped,
             "step_seconds": time.perf_counter() - started,
             "dse_seconds": values.seconds,
             "skipped": list(batch.skipped),
         }
+
+    def _forward_and_backward(
+        self, views: list[Tensor], regularizer: DSERegularizer | None
+    ) -> Regularized:
+        """Gradients of a batch, all at once or in equal parts one after the other."""
+        config = self.config
+        parts = zip(*(view.chunk(config.accumulate) for view in views), strict=True)
+        scale = 1.0 / config.accumulate
+        if self.scaler.is_enabled():
+            scale = float(self.scaler.scale(torch.full((), scale, device=self.device)))
+        values = []
+        for part in parts:
+            with torch.autocast(
+                self.device.type,
+                dtype=_AUTOCAST.get(config.precision, torch.bfloat16),
+                enabled=config.precision in _AUTOCAST,
+            ):
+                output = self._forward(list(part), self.step)
+            values.append(backward(output, regularizer, scale=scale, views=config.dse_views))
+        return mean(values)
 
     def _schedule(self) -> None:
         """Learning rate: linear warm-up, then cosine; weight decay: cosine."""
@@ -249,6 +311,8 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "random": random_state(self.device),
                 "dse_generator": self.dse_generator.get_state(),
+                "regularization": self.regularization.state_dict(),
+                "scaler": self.scaler.state_dict(),
             },
         )
 
@@ -264,12 +328,25 @@ class Trainer:
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.dse_generator.set_state(state["dse_generator"])
+        # States of older versions have neither.
+        if "regularization" in state:
+            self.regularization.load_state_dict(state["regularization"])
+        if "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
         set_random_state(state["random"], self.device)
         self.step = int(state["step"])
         # Steps that were logged but not saved will be done again.
         rows = [row for row in read_lines(self.folder.metrics) if row["step"] <= self.step]
         write_lines(self.folder.metrics, rows)
         return True
+
+
+def _checkpoint_activations(backbone: DenseBackbone, name: str) -> None:
+    """Has a timm model compute its activations again in the backward pass."""
+    try:
+        backbone.model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError) as error:
+        raise ConfigError(f"grad_checkpointing: {name} does not support it.") from error
 
 
 def worker_count(config: TrainConfig) -> int:

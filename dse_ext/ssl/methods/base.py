@@ -5,14 +5,25 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from dse_ext.ssl.backbone import DenseBackbone
+from dse_ext.ssl.backbone import FAMILIES, DenseBackbone
 from dse_ext.ssl.config import ConfigError
+
+
+def recipe(base: Mapping[str, Any] | None = None, /, **options: Any) -> Mapping[str, Any]:
+    """A recipe: options of a run that take the place of their defaults.
+
+    Args:
+        base: Another recipe to start from.
+        **options: Options of :class:`dse_ext.ssl.TrainConfig`.
+    """
+    return MappingProxyType({**(base or {}), **options})
 
 
 class MethodOutput(NamedTuple):
@@ -20,12 +31,14 @@ class MethodOutput(NamedTuple):
 
     Attributes:
         loss: The method's own loss, 0-dim.
-        patch_tokens: Dense features ``(B', N, d)`` of the trained network, still in the graph:
-            the regularizer is applied to them.
+        patch_tokens: Dense features ``(views * B, N, d)`` of the trained network, one view after
+            the other, still in the graph: the regularizer is applied to them.
+        views: Number of views in ``patch_tokens``.
     """
 
     loss: Tensor
     patch_tokens: Tensor
+    views: int = 1
 
 
 class Method(nn.Module, ABC):
@@ -36,10 +49,25 @@ class Method(nn.Module, ABC):
 
     Attributes:
         name: Name on the command line.
+        title: Name as it is written.
+        paper: Authors, venue and year.
+        url: Address of the paper.
+        families: Keys of :data:`dse_ext.ssl.backbone.FAMILIES`: backbones that it can train.
+        regularizes: Which dense features DSE is applied to.
+        min_batch: Least number of images in a batch.
+        recipe: Options of :class:`dse_ext.ssl.TrainConfig` that take the place of their defaults
+            where a run does not name them.
         Options: Dataclass of the method's options with their defaults.
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    url: ClassVar[str]
+    families: ClassVar[tuple[str, ...]] = tuple(FAMILIES)
+    regularizes: ClassVar[str]
+    min_batch: ClassVar[int] = 1
+    recipe: ClassVar[Mapping[str, Any]] = recipe()
     Options: ClassVar[type]
 
     @classmethod
@@ -58,7 +86,8 @@ class Method(nn.Module, ABC):
             The method.
 
         Raises:
-            ConfigError: If an option is unknown or its value is not accepted.
+            ConfigError: If an option is unknown or its value is not accepted, or the method
+                cannot train such a backbone.
         """
         known = {f.name: f for f in dataclasses.fields(cls.Options)}
         for key, value in args.items():
@@ -67,7 +96,17 @@ class Method(nn.Module, ABC):
                     f"method {cls.name} has no option {key!r}; it has {', '.join(sorted(known))}."
                 )
             _check_type(key, value, known[key].default)
+        if backbone.family not in cls.families:
+            raise ConfigError(
+                f"method {cls.name} trains {cls.backbones()} backbones, but "
+                f"{type(backbone.model).__name__} is of the family {FAMILIES[backbone.family]}."
+            )
         return cls(backbone, image_size, steps, cls.Options(**args))
+
+    @classmethod
+    def backbones(cls) -> str:
+        """The families that it can train, as text."""
+        return ", ".join(FAMILIES[family] for family in cls.families)
 
     def __init__(self, backbone: DenseBackbone, image_size: int, steps: int, options: Any) -> None:
         """Keeps what every method needs; sub-classes build their networks around ``backbone``."""
