@@ -85,8 +85,7 @@ format: build ## format the sources in place
 	$(VENV)/bin/clang-format -i $(FORMATTED_CPP)
 
 docs: build ## build the documentation into build/docs; a broken link or formula is an error
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
-	@echo "build/docs/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # Not isolated: built against the torch of .venv, not a fresh copy of some gigabytes.
 wheel: build ## build dist/*.whl (manylinux) and dist/*.tar.gz; the wheel runs on every torch >= 2.11

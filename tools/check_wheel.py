@@ -2,11 +2,11 @@
 
     python tools/check_wheel.py [--wheel WHEEL] PYTHON [PYTHON ...]
 
-Each PYTHON is that of an environment with a torch of its own; it is not changed. Without ``--wheel``
-a source distribution is made first, and the wheel from that alone, without CUDA. The wheel is then
-looked into, and for each environment installed, with its dependencies, into a fresh one that sees
-the other's packages. ``python_tests/abi`` runs there in a folder that has nothing of the project's
-sources. Exits with 1 if anything fails.
+Each PYTHON is that of an environment with a torch of its own; it is not changed. Without
+``--wheel`` a source distribution is made first, and the wheel from that alone, without CUDA. The
+wheel is then looked into, and for each environment installed, with its dependencies, into a fresh
+one that sees the other's packages. ``python_tests/abi`` runs there, in a folder that has nothing of
+the project's sources. Exits with 1 if anything fails.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ def run(*command: str | Path, cwd: Path = ROOT, **variables: str) -> str:
         Failure: If it fails, with its output.
     """
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    # ninja is a program that pip installs beside Python.
+    environment["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), environment.get("PATH", "")]
+    )
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -168,7 +172,7 @@ def install(wheel: Path, base: str, folder: Path) -> Path:
     """Install a wheel with its dependencies beside an environment's torch; return the Python."""
     python = fresh_environment(base, folder)
     constraints = str(pins(base, folder))
-    pip = [base, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile"]
+    pip = [base, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-compile"]
     # Twice: first the wheel, whatever the other environment has, then what it lacks.
     run(*pip, "--no-deps", "--ignore-installed", wheel, PIP_CONSTRAINT=constraints)
     run(*pip, wheel, PIP_CONSTRAINT=constraints)

@@ -1,7 +1,7 @@
 """Docstrings for the site: a griffe extension, named in mkdocs.yml.
 
 In the sources cross-references and formulas are written as Sphinx and IDEs know them
-(``:func:`name```, ``.. math::``). The site is Markdown, so they are turned into its links and ``$$``.
+(``:func:`name```, ``.. math::``). The site is Markdown: they are turned into its links and ``$$``.
 A role or directive that is left over is an error: it would be shown as it is.
 """
 
@@ -77,7 +77,7 @@ def _path(name: str, obj: Object) -> str | None:
     scope: Object | None = obj
     while scope is not None:
         candidates.append(f"{scope.path}.{name}")
-        scope = scope.parent  # type: ignore[assignment]
+        scope = scope.parent
     package = obj.package
     for candidate in candidates:
         inner = candidate.removeprefix("dse_ext.")

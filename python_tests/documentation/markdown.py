@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -108,7 +109,7 @@ def headings(path: Path) -> set[str]:
     """Anchors of a file's headings, as GitHub makes them."""
     anchors: set[str] = set()
     tokens = parse(path)
-    for token, following in zip(tokens, tokens[1:], strict=False):
+    for token, following in pairwise(tokens):
         if token.type == "heading_open":
             text = "".join(
                 child.content

@@ -1,8 +1,8 @@
 """What the Python blocks of the documentation take for granted.
 
-A block shows how something is used in a program that the reader has already: a network, a loader, a
-loss. The names below stand for these; a block gets those that it uses without defining them. A block
-that needs others names their set in a comment above it: ``<!-- run with: huggingface -->``.
+A block shows how something is used in a program that the reader has already: a network, a loader,
+a loss. The names below stand for these; a block gets those that it uses without defining them. A
+block that needs others names their set in a comment above it: ``<!-- run with: huggingface -->``.
 """
 
 from __future__ import annotations
