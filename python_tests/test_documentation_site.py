@@ -1,14 +1,12 @@
-"""What ``make docs`` does to links, formulas and docstrings. That the site is whole it shows itself."""
+"""What ``make docs`` does to links, formulas and docstrings."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+import griffe
 import pytest
-
-griffe = pytest.importorskip("griffe", reason="the extra docs is not installed")
-pytest.importorskip("mkdocs", reason="the extra docs is not installed")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
@@ -52,16 +50,15 @@ def test_a_formula_that_is_not_understood_is_an_error() -> None:
         docs_site.mathml(r"\nonsense{x}", display=False)
 
 
-def package(docstring: str) -> tuple[object, str]:
-    with griffe.temporary_visited_package(
-        "dse_ext", {"__init__.py": f'def f():\n    r"""{docstring}"""\n\n\ndef g(): ...\n'}
-    ) as found:
+def rewritten(docstring: str) -> str:
+    code = f'def f():\n    r"""{docstring}"""\n\n\ndef g(): ...\n'
+    with griffe.temporary_visited_module(code, module_name="dse_ext") as found:
         function = found["f"]
-        return function, docs_docstrings.to_markdown(function.docstring.value, function)
+        return docs_docstrings.to_markdown(function.docstring.value, function)
 
 
 def test_roles_become_references() -> None:
-    _, text = package("See :func:`g`, :func:`dse_ext.g` and :class:`torch.Tensor`.")
+    text = rewritten("See :func:`g`, :func:`dse_ext.g` and :class:`torch.Tensor`.")
     reference = '<autoref identifier="dse_ext.g" optional><code>{}</code></autoref>'
     assert text == (
         f"See {reference.format('g')}, {reference.format('dse_ext.g')} and `torch.Tensor`."
@@ -69,13 +66,13 @@ def test_roles_become_references() -> None:
 
 
 def test_math_directives_become_formulas() -> None:
-    _, text = package("A mean.\n\n    .. math::\n        a =\n        b\n\n    After it.\n    ")
+    text = rewritten("A mean.\n\n    .. math::\n        a =\n        b\n\n    After it.\n    ")
     assert text.split() == ["A", "mean.", "$$", "a", "=", "b", "$$", "After", "it."]
 
 
 def test_a_directive_without_a_form_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"dse_ext\.f: the docstring has '\.\. note::'"):
-        package("A mean.\n\n    .. note::\n        b\n    ")
+        rewritten("A mean.\n\n    .. note::\n        b\n    ")
 
 
 def test_the_command_s_reference_has_every_command_and_no_markup() -> None:
