@@ -7,7 +7,7 @@ ABI_VENV ?= .venv-abi
 
 # Arguments for pytest, e.g. make test PYTEST_ARGS='-k kmeans -x'.
 PYTEST_ARGS ?=
-# Processes that share the tests; empty: one, with all the cores. Each gets one torch thread.
+# Processes that share the tests, file by file; empty: one, with all the cores. Each gets one torch thread.
 TEST_WORKERS ?=
 DEMO_ARGS ?= --preset demo --out runs/demo
 BENCH_ARGS ?=
@@ -66,7 +66,7 @@ demo: build ## train, score and select on embedded photographs; writes runs/demo
 	$(VENV)/bin/dse-ext train $(DEMO_ARGS)
 
 test: build ## run the tests
-	@$(PY) -m pytest python_tests $(if $(TEST_WORKERS),-n $(TEST_WORKERS) --dist worksteal) $(PYTEST_ARGS)
+	@$(PY) -m pytest python_tests $(if $(TEST_WORKERS),-n $(TEST_WORKERS) --dist loadfile) $(PYTEST_ARGS)
 
 bench: build ## time it against lightly and plain PyTorch; prints a table of ratios
 	@mkdir -p $(dir $(BENCH_OUT))

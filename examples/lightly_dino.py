@@ -25,7 +25,7 @@ from dse_ext import DSERegularizer
 from dse_ext.data import TextureScenes
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--steps", type=int, default=15)
+parser.add_argument("--steps", type=int, default=12)
 args = parser.parse_args()
 
 torch.manual_seed(0)
@@ -88,7 +88,7 @@ for step, (views, _) in enumerate(dataloader):
     loss.backward()
     model.student_head.cancel_last_layer_gradients(current_epoch=step)
     optimizer.step()
-    if step % 5 == 0 or step == args.steps - 1:
+    if step % 4 == 0 or step == args.steps - 1:
         last = regularizer.last
         print(
             f"step {step:>3}  DINO loss {dino_loss.item():.4f}  DSE {last.score():.4f}  "

@@ -19,7 +19,7 @@ from dse_ext.data import TextureScenes
 from dse_ext.integrations.lightning import DSEMonitorCallback, DSERegularizerCallback
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--steps", type=int, default=12)
 parser.add_argument("--out", default="runs/lightning_simsiam")
 args = parser.parse_args()
 
@@ -58,7 +58,7 @@ probe = torch.stack([image for image, _ in probe_set])
 # DSERegularizerCallback(DSERegularizer(0.001, process_group="world"), module="backbone").
 regularize = DSERegularizerCallback(0.001, module="backbone")
 # Alone, without `regularize`, it only watches.
-watch = DSEMonitorCallback(probe, module="backbone", every=5, folder=args.out, keep=2)
+watch = DSEMonitorCallback(probe, module="backbone", every=3, folder=args.out, keep=2)
 
 trainer = lightning.Trainer(
     max_epochs=1,

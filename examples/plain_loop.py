@@ -22,7 +22,7 @@ from dse_ext.hooks import DenseFeatures
 from dse_ext.monitor import DSEMonitor
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--steps", type=int, default=12)
 parser.add_argument("--out", default="runs/plain_loop")
 args = parser.parse_args()
 
@@ -60,7 +60,7 @@ regularizer = DSERegularizer(weight=0.001)
 plain = Compose([ToTensor(), Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
 probe_set = TextureScenes(32, size=64, split="heldout", transform=plain)
 probe = torch.stack([image for image, _ in probe_set])
-monitor = DSEMonitor(backbone, probe, every=5, folder=args.out, keep=2)
+monitor = DSEMonitor(backbone, probe, every=3, folder=args.out, keep=2)
 
 print("Starting training")
 for step, ((x0, x1), _) in enumerate(dataloader, start=1):

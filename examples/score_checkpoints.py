@@ -25,7 +25,7 @@ from dse_ext.hooks import DenseFeatures
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("checkpoints", nargs="?", help="a pattern, in quotes")
 parser.add_argument("--model", default="resnet10t")
-parser.add_argument("--steps", type=int, default=18, help="of the run, where there is none yet")
+parser.add_argument("--steps", type=int, default=12, help="of the run, where there is none yet")
 parser.add_argument("--out", default="runs/score_checkpoints")
 args = parser.parse_args()
 
@@ -36,6 +36,8 @@ backbone = timm.create_model(args.model, num_classes=0)
 if args.checkpoints is None:
     folder = pathlib.Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("step-*.pt"):  # of an earlier call
+        old.unlink()
     head = VICRegProjectionHead(backbone.num_features, 128, 128, num_layers=2)
     criterion = VICRegLoss()
     optimizer = torch.optim.SGD([*backbone.parameters(), *head.parameters()], lr=0.02, momentum=0.9)

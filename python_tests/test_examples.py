@@ -16,7 +16,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 # script -> (modules that it needs, a line of its output)
 SCRIPTS = {
     "plain_loop.py": ((), r"best step: \d+; history and checkpoints in"),
-    "lightly_dino.py": ((), r"step  14  DINO loss \d+\.\d+  DSE -?\d+\.\d+"),
+    "lightly_dino.py": ((), r"step  11  DINO loss \d+\.\d+  DSE -?\d+\.\d+"),
     "lightning_simsiam.py": (("lightning",), r"dse_monitor/score +-?\d+\.\d+"),
     "huggingface_mae.py": (("transformers", "accelerate"), r"step  20  DSE of the probe images \d"),
     "dinov2_recipe.py": ((), r"step  11  dino \d+\.\d+  ibot \d+\.\d+ .* \(DSE \d+\.\d+"),

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
 
-LINES = pytest.StashKey[list[str]]()
+import pytest
 
 
 @pytest.fixture
-def summary(request: pytest.FixtureRequest) -> list[str]:
-    """Lines for the end of the output."""
-    return request.config.stash.setdefault(LINES, [])
+def summary(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Adds a line to the end of the output (python_tests/conftest.py prints it)."""
 
+    def add(line: str) -> None:
+        request.node.user_properties.append(("CUDA kernels", line))
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    lines = config.stash.get(LINES, [])
-    if lines:
-        terminalreporter.section("CUDA kernels")
-        for line in lines:
-            terminalreporter.write_line(line)
+    return add

@@ -16,7 +16,7 @@ import parity
 import pytest
 import torch
 from emulated import build_operators
-from features import COLLAPSED, nearly_collapsed, rank_collapsed
+from features import nearly_collapsed, rank_collapsed
 from torch import Tensor
 
 import dse_ext  # noqa: F401  (registers the CPU operators)
@@ -154,17 +154,23 @@ EXTENTS = {
     "256 positions": Case(random(2, 256, 3), global_clusters=4),
     "300 positions": Case(random(1, 300, 70)),
     "nearly collapsed": Case(nearly_collapsed(4, 20, 12)),
-    "rank collapsed": Case(rank_collapsed(4, 20, 12)),
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", list(EXTENTS))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype)
+        for name, case in EXTENTS.items()
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+        # The largest takes as long as all others together.
+        if dtype == torch.float64 or case.z.numel() < 100_000
+    ],
+)
 def test_extents_against_the_oracle(emulated: Any, name: str, dtype: torch.dtype) -> None:
     case = EXTENTS[name]
     case = Case(case.z.to(dtype), case.k, case.global_clusters, case.group)
-    collapsed = name.replace(" ", "_") in COLLAPSED
-    limits = parity.tolerance(dtype, collapsed)
+    limits = parity.tolerance(dtype, collapsed=name == "nearly collapsed")
     ours = case.components(emulated, "regularizer")
     wide = case.z.double().requires_grad_()
     expected = oracle.dse_components(
@@ -178,6 +184,30 @@ def test_extents_against_the_oracle(emulated: Any, name: str, dtype: torch.dtype
     (wanted,) = torch.autograd.grad(parity.weighted(tuple(expected), parity.MIXED), wide)
     free = ~oracle.tied_rows(case.z, ours[6], ours[7], case.images_of_a_group, True)
     assert parity.relative_error(gradient[free], wanted[free]) <= limits.gradient
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-6), (torch.float32, 1e-3), (torch.bfloat16, 1e-3)]
+)
+def test_components_of_a_collapsed_rank(emulated: Any, dtype: torch.dtype, limit: float) -> None:
+    # Rank two, and beside it the rounding of the dtype. What of that lies below 1e-7 of the largest
+    # singular value is noise of a Gram matrix here, and the gradient's share of it with it
+    # (csrc/cuda/README.md, Known limits): only bfloat16's rounding is far enough above.
+    case = Case(rank_collapsed(4, 20, 12).to(dtype))
+    ours = case.components(emulated, "regularizer")
+    wide = case.z.double().requires_grad_()
+    expected = oracle.dse_components(
+        wide, ours[5], ours[6], ours[7].double(), group_images=case.images_of_a_group
+    )
+    for component, a, b in zip(oracle.COMPONENTS, ours[:5], expected, strict=True):
+        error = parity.relative_error(a, b)
+        assert error <= limit, f"{component}: {error:.3g}"
+    gradient = case.gradient(emulated, "regularizer", ours, torch.tensor(parity.MIXED))
+    assert gradient.isfinite().all()
+    if dtype == torch.bfloat16:
+        (wanted,) = torch.autograd.grad(parity.weighted(tuple(expected), parity.MIXED), wide)
+        free = ~oracle.tied_rows(case.z, ours[6], ours[7], case.images_of_a_group, True)
+        assert parity.relative_error(gradient[free], wanted[free]) <= 1e-2
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,12 @@ def run(binary: Path) -> str:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_kernels_on_the_cpu(program: str, tmp_path: Path, summary: list[str]) -> None:
+def test_kernels_on_the_cpu(program: str, tmp_path: Path, summary: Callable[[str], None]) -> None:
     output = run(build(program, tmp_path, "-O2"))
     counted = re.search(r"(\d+) checks, 0 failed", output)
     assert counted, output
     assert int(counted.group(1)) > 0
-    summary.append(f"{program}: {counted.group(1)} checks of kernels run on the CPU, 0 failed")
+    summary(f"{program}: {counted.group(1)} checks of kernels run on the CPU, 0 failed")
 
 
 @pytest.mark.parametrize("program", SANITIZED)

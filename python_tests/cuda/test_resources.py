@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,9 @@ def parse(report: str) -> list[Resources]:
 
 
 @pytest.mark.parametrize("arch", list(SHARED_LIMIT))
-def test_kernels_compile_without_spills(arch: str, tmp_path: Path, summary: list[str]) -> None:
+def test_kernels_compile_without_spills(
+    arch: str, tmp_path: Path, summary: Callable[[str], None]
+) -> None:
     command = [nvcc(), "-std=c++20", "-O3", "-I", str(ROOT / "csrc"), f"-arch={arch}"]
     command += ["-Xptxas", "-v", "-cubin", "-o", str(tmp_path / "kernels.cubin")]
     done = subprocess.run([*command, str(HERE / "instantiate.cu")], capture_output=True, text=True)
@@ -77,11 +80,11 @@ def test_kernels_compile_without_spills(arch: str, tmp_path: Path, summary: list
         family = k.kernel.split("<")[0]
         if family not in most or k.registers > most[family].registers:
             most[family] = k
-    summary.append(f"{arch}: {len(kernels)} kernels, none spills; the widest of each family:")
-    summary += [
-        f"  {name:<40} {k.registers:>4} registers {k.shared:>6} bytes of static shared memory"
-        for name, k in sorted(most.items())
-    ]
+    summary(f"{arch}: {len(kernels)} kernels, none spills; the widest of each family:")
+    for name, k in sorted(most.items()):
+        summary(
+            f"  {name:<40} {k.registers:>4} registers {k.shared:>6} bytes of static shared memory"
+        )
     for k in kernels:
         assert k.stack == 0, f"{k.kernel} keeps {k.stack} bytes in local memory"
         assert k.spills == 0, f"{k.kernel} spills {k.spills} bytes"
