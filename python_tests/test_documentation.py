@@ -22,20 +22,19 @@ from dse_ext.cli import app
 
 sys.path.insert(0, str(Path(__file__).parent / "documentation"))
 
-import markdown
-import preamble
+import doc_examples
+import doc_pages
+import doc_preamble
 
-import examples
-
-ROOT = markdown.ROOT
-FILES = markdown.files()
+ROOT = doc_pages.ROOT
+FILES = doc_pages.files()
 PYTHON = [
     block
     for path in FILES
-    for block in markdown.blocks(path)
+    for block in doc_pages.blocks(path)
     if block.language in ("python", "py", "pycon")
 ]
-COMMANDS = [command for path in FILES for command in markdown.commands(path)]
+COMMANDS = [command for path in FILES for command in doc_pages.commands(path)]
 
 
 # --- Python ---------------------------------------------------------------------------------------
@@ -67,7 +66,7 @@ def test_there_is_something_to_run() -> None:
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_a_python_block_runs(
-    block: markdown.Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    block: doc_pages.Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = ast.parse(block.code)
     if block.not_run is not None:
@@ -75,11 +74,11 @@ def test_a_python_block_runs(
         assert len(block.not_run) > 10, f"{block}: say why it cannot be run"
         imports_exist(tree)
         return
-    context = preamble.CONTEXTS[block.run_with or "default"]
+    context = doc_preamble.CONTEXTS[block.run_with or "default"]
     free = free_names(block.code)
     assert free <= set(context), (
         f"{block} uses {sorted(free - set(context))}, which neither it nor "
-        "python_tests/documentation/preamble.py defines"
+        "python_tests/documentation/doc_preamble.py defines"
     )
     monkeypatch.chdir(tmp_path)
     # Names that begin a program of the reader's own.
@@ -120,16 +119,16 @@ def test_the_examples_of_docstrings_run(
     assert any(test.examples for test in found)
     for test in found:
         torch.manual_seed(0)
-        if test.name in examples.NOT_RUN:
+        if test.name in doc_examples.NOT_RUN:
             for example in test.examples:
                 imports_exist(ast.parse(example.source))
             continue
         skipped = [e.source for e in test.examples if e.options.get(doctest.SKIP)]
-        assert not skipped, f"{test.name}: say in examples.NOT_RUN why {skipped} is not run"
+        assert not skipped, f"{test.name}: say in doc_examples.NOT_RUN why {skipped} is not run"
         output = io.StringIO()
-        if test.name in examples.STAND_INS:
+        if test.name in doc_examples.STAND_INS:
             # With other data the values are others: that the code runs is what is tested.
-            test.globs |= examples.STAND_INS[test.name](tmp_path)
+            test.globs |= doc_examples.STAND_INS[test.name](tmp_path)
             runner = doctest.DocTestRunner(checker=AnyOutput(), verbose=False)
         else:
             runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False)
@@ -149,9 +148,9 @@ def test_what_is_said_of_examples_is_about_examples_that_exist() -> None:
         for test in doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(module))
         if test.examples
     }
-    assert set(examples.NOT_RUN) <= named
-    assert set(examples.STAND_INS) <= named
-    assert not set(examples.NOT_RUN) & set(examples.STAND_INS)
+    assert set(doc_examples.NOT_RUN) <= named
+    assert set(doc_examples.STAND_INS) <= named
+    assert not set(doc_examples.NOT_RUN) & set(doc_examples.STAND_INS)
 
 
 @pytest.mark.parametrize("name", sorted(set(dse_ext.__all__) - {"__version__"}))
@@ -196,7 +195,7 @@ def test_there_are_commands_to_check() -> None:
     ("command", "arguments"), OURS, ids=[str(command)[:90] for command, _ in OURS]
 )
 def test_a_command_is_one_that_dse_ext_takes(
-    command: markdown.Command, arguments: list[str]
+    command: doc_pages.Command, arguments: list[str]
 ) -> None:
     group: Any = typer.main.get_command(app)
     arguments = [word for word in arguments if not re.fullmatch(r"\.\.\.|…", word)]
@@ -238,7 +237,7 @@ def test_make_has_the_targets_that_are_named() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_relative_links_lead_to_a_file_and_a_heading(path: Path) -> None:
-    for target in markdown.links(path):
+    for target in doc_pages.links(path):
         if re.match(r"[a-z]+:", target):
             continue
         name, _, anchor = target.partition("#")
@@ -248,7 +247,7 @@ def test_relative_links_lead_to_a_file_and_a_heading(path: Path) -> None:
         assert file.exists(), f"{target}: there is no {file}"
         assert ROOT in file.parents, f"{target} leads out of the project"
         if anchor and file.suffix == ".md":
-            assert anchor in markdown.headings(file), f"{target}: there is no such heading"
+            assert anchor in doc_pages.headings(file), f"{target}: there is no such heading"
 
 
 def test_the_operators_signatures_are_those_of_the_library() -> None:
