@@ -18,6 +18,8 @@ WHEEL_DIR ?= dist
 # configuration; a -c on the command line would only be added to that.
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tests start many processes; without byte code each of them compiles all of torch's modules again.
+unexport PYTHONDONTWRITEBYTECODE
 ifneq ($(filter command line environment,$(origin CXX)),)
 export CXX
 endif

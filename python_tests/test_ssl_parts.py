@@ -55,6 +55,9 @@ def test_configuration_survives_json(tmp_path):
 def test_checkpoint_steps_are_even_and_end_with_the_run():
     assert tiny(steps=10, checkpoints=4).checkpoint_steps() == (0, 2, 5, 8, 10)
     assert tiny(steps=3, checkpoints=3).checkpoint_steps() == (0, 1, 2, 3)
+    assert tiny(steps=12, checkpoints=0).checkpoint_steps() == (0, 12)
+    assert tiny(steps=60, checkpoints=0).checkpoint_steps() == (0, 20, 40, 60)
+    assert len(tiny(steps=5000, checkpoints=0).checkpoint_steps()) == 11
 
 
 def test_given_options_take_precedence_over_preset_and_run(tmp_path):

@@ -142,7 +142,7 @@ def _siamese(name: str, title: str, source: str) -> CheckpointReader:
 
 SIMSIAM = _siamese("simsiam", "SimSiam", "https://github.com/facebookresearch/simsiam")
 MEC = _siamese("mec", "MEC", "https://github.com/xinliu20/MEC")
-RESA = _siamese("resa", "ReSA", "https://arxiv.org/abs/2501.01452")
+RESA = _siamese("resa", "ReSA", "https://arxiv.org/abs/2501.18452")
 
 DENSECL = CheckpointReader(
     name="densecl",

@@ -273,8 +273,8 @@ def train(
     checkpoints: Annotated[
         int | None,
         typer.Option(
-            help="Checkpoints that are kept and scored, besides the untrained network.  "
-            "[dim]\\[default: 10][/]",
+            help="Checkpoints that are kept and scored, besides the untrained network; 0 chooses: "
+            "one for every 20 steps, 1 to 10.  [dim]\\[default: 0][/]",
             rich_help_panel=_SCORES,
         ),
     ] = None,

@@ -64,7 +64,7 @@ class TrainConfig:
         local_clusters: Clusters per image in the regularizer and in the scores.
         global_clusters: Clusters per group of images in the regularizer and in the scores.
         checkpoints: Number of checkpoints that are kept, evenly spaced; the untrained network is
-            kept besides.
+            kept besides. 0 chooses: one for every 20 steps, at least 1 and at most 10.
         score_images: Number of training images that DSE scores are computed on.
         probe_images: Number of labelled training scenes that the linear probe is fitted to.
         heldout_images: Number of held-out scenes that the linear probe is measured on.
@@ -112,7 +112,7 @@ class TrainConfig:
     dse_views: int = 0
     local_clusters: int = 3
     global_clusters: int = 24
-    checkpoints: int = 10
+    checkpoints: int = 0
     score_images: int = 2048
     probe_images: int = 512
     heldout_images: int = 256
@@ -211,7 +211,7 @@ class TrainConfig:
     def checkpoint_steps(self) -> tuple[int, ...]:
         """The steps whose networks are kept, from 0 (untrained) to the last."""
         # Of a run that is counted in epochs it may turn out that it has fewer steps.
-        number = min(self.checkpoints, self.steps)
+        number = min(self.checkpoints or min(max(self.steps // 20, 1), 10), self.steps)
         return tuple(round(k * self.steps / number) for k in range(number + 1))
 
     def to_dict(self) -> dict[str, Any]:
@@ -274,7 +274,7 @@ _LEAST: dict[str, float] = {
     "dse_views": 0,
     "local_clusters": 1,
     "global_clusters": 1,
-    "checkpoints": 1,
+    "checkpoints": 0,
     "score_images": 1,
     "probe_images": 1,
     "heldout_images": 1,
