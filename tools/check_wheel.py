@@ -209,8 +209,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="dse-ext-wheel-") as name:
             scratch = Path(name)
             wheel = options.wheel.resolve() if options.wheel else build(scratch)
+            seconds = time.monotonic() - start
             check_contents(wheel)
-            print(f"  built in {time.monotonic() - start:.0f} s", flush=True)
+            if options.wheel is None:
+                print(f"  built in {seconds:.0f} s", flush=True)
             for number, base in enumerate(options.pythons):
                 begin = time.monotonic()
                 folder = scratch / f"environment-{number}"
