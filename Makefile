@@ -35,7 +35,7 @@ PYTHON_CODE := .
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench lint format wheel gpu-check test-abi clean distclean
+.PHONY: help build demo test bench lint format docs wheel test-wheel gpu-check test-abi clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,9 +86,20 @@ format: build ## format the sources in place
 	$(PY) -m ruff format $(PYTHON_CODE)
 	$(VENV)/bin/clang-format -i $(FORMATTED_CPP)
 
-wheel: build ## build dist/*.whl against the torch of .venv; it runs on every torch >= 2.11
-	rm -rf build/lib.* build/bdist.*  # of files that are gone by now
-	$(PY) -m pip wheel --no-deps --no-build-isolation --wheel-dir $(WHEEL_DIR) .
+docs: build ## build the documentation into build/docs; a broken link or formula is an error
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+# Not isolated: built against the torch of .venv, not a fresh copy of some gigabytes.
+wheel: build ## build dist/*.whl (manylinux) and dist/*.tar.gz; the wheel runs on every torch >= 2.11
+	rm -rf build/lib.* build/bdist.* build/unrepaired  # of files that are gone by now
+	$(PY) -m build --no-isolation --sdist --outdir $(WHEEL_DIR)
+	$(PY) -m build --no-isolation --wheel --outdir build/unrepaired
+	$(PY) tools/repair_wheel.py build/unrepaired/*.whl $(WHEEL_DIR)
+
+# A wheel that is there: make test-wheel WHEEL=dist/NAME.whl.
+WHEEL ?=
+test-wheel: build $(ABI_VENV)/.installed ## install a wheel beside torch 2.15 and torch 2.13 and test it there
+	@$(PY) tools/check_wheel.py $(if $(WHEEL),--wheel $(WHEEL)) $(PY) $(ABI_PY)
 
 # Uses the Python that is there, not .venv: a machine with a GPU has a torch of its own and often no
 # network. Writes into OUT.

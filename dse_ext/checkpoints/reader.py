@@ -70,7 +70,7 @@ class CheckpointReader:
 
     Examples:
         >>> from dse_ext.checkpoints import CheckpointReader, register
-        >>> register(
+        >>> reader = register(
         ...     CheckpointReader(
         ...         name="mine",
         ...         title="My method",

@@ -41,7 +41,7 @@ class TextureScenes(Dataset[tuple[Any, Tensor]]):
         >>> scenes = TextureScenes(length=100, size=64, seed=0)
         >>> image, labels = scenes[7]        # PIL image, int64 tensor of shape (64, 64)
         >>> scenes.classes[int(labels[0, 0])]
-        'gravel'
+        'foliage'
 
     Attributes:
         classes: Names of the classes, in label order.

@@ -67,6 +67,7 @@ CALLS: dict[str, Callable[[], tuple[object, ...]]] = {
 
 def test_every_operator_is_listed() -> None:
     registered = {name for name in torch._C._dispatch_get_all_op_names() if "dse_ext::" in name}
+    registered.discard("dse_ext::cuda_plan")  # of the CUDA library; it computes nothing
     assert registered == {f"dse_ext::{name}" for name in CALLS}
 
 
