@@ -33,10 +33,10 @@ PYTHON_CODE := .
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench lint format wheel test-abi clean distclean
+.PHONY: help build demo test bench lint format wheel gpu-check test-abi clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- the environment -----------------------------------------------------------------------------
 
@@ -87,6 +87,13 @@ format: build ## format the sources in place
 wheel: build ## build dist/*.whl against the torch of .venv; it runs on every torch >= 2.11
 	rm -rf build/lib.* build/bdist.*  # of files that are gone by now
 	$(PY) -m pip wheel --no-deps --no-build-isolation --wheel-dir $(WHEEL_DIR) .
+
+# Uses the Python that is there, not .venv: a machine with a GPU has a torch of its own and often no
+# network. Writes into OUT.
+OUT ?= runs/gpu-check
+GPU_CHECK_ARGS ?=
+gpu-check: ## on a machine with a GPU: build, test, sanitize and measure; OUT=folder for the results
+	@$(PYTHON) tools/gpu_check.py --out $(OUT) $(GPU_CHECK_ARGS)
 
 # --- one binary, many torches --------------------------------------------------------------------
 

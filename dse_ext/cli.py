@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from dse_ext.commands import evaluate, info, train
+from dse_ext.commands import evaluate, info, probe, select, train
 
 app = typer.Typer(
     name="dse-ext",
@@ -29,6 +29,8 @@ def _root() -> None:
 app.command()(info.info)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
+app.command()(probe.probe)
+app.command()(select.select)
 
 
 def main() -> None:

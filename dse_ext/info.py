@@ -141,7 +141,7 @@ def _cuda() -> dict[str, Any]:
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     operators = [name for name in OPERATORS if has_kernel(f"dse_ext::{name}", "CUDA")]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    reason = _why_no_cuda(operators, count)
+    reason = _why_no_cuda(count)
     return {
         "operators": operators,
         "usable": reason is None,
@@ -150,16 +150,23 @@ def _cuda() -> dict[str, Any]:
     }
 
 
-def _why_no_cuda(operators: list[str], devices: int) -> str | None:
-    """Return the first thing that keeps a call from running on a GPU, or None."""
+def cuda_library_reason() -> str | None:
+    """Return why the package's CUDA library is not loaded; None where it is."""
+    if "_cuda" in ops.LIBRARIES:
+        return None
     build = _C.build_info()
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) was built without CUDA"
     if not build["cuda"]:
         return f"the package was built without its CUDA library: {build['cuda_reason']}"
-    if not operators:
-        reason = ops.FAILURES.get("_cuda", "it is not in the package's folder")
-        return f"the package's CUDA library was not loaded: {reason}"
+    reason = ops.FAILURES.get("_cuda", "it is not in the package's folder")
+    return f"the package's CUDA library was not loaded: {reason}"
+
+
+def _why_no_cuda(devices: int) -> str | None:
+    """Return the first thing that keeps a call from running on a GPU, or None."""
+    if (reason := cuda_library_reason()) is not None:
+        return reason
     if devices == 0:
         return "torch sees no GPU"
     return None

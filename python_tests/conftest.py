@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+import dse_ext  # noqa: F401  (registers the operators)
 
 # Derandomized: a failure in CI is a failure at everyone's desk. No deadline: machines differ.
 hypothesis.settings.register_profile(
@@ -24,10 +29,24 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """Where the library's kernels run; ``DSE_EXT_TEST_DEVICE=cuda`` runs the same tests there."""
-    return torch.device(os.environ.get("DSE_EXT_TEST_DEVICE", "cpu"))
+GPU = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(scope="session", params=["cpu", *GPU])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the library's kernels run: on the CPU and, where there is one, on the GPU too."""
+    kind: str = request.param
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+if os.environ.get("DSE_EXT_TEST_KERNELS") == "emulated":
+    # Every test of the operators on the CPU runs the CUDA kernels' sources instead: slow, and the
+    # most that can be shown without a GPU.
+    sys.path.insert(0, str(Path(__file__).parent / "cuda"))
+    import emulated
+
+    _FOLDER = tempfile.TemporaryDirectory(prefix="dse-ext-emulated-")
+    _REPLACED = emulated.replace_cpu_kernels(Path(_FOLDER.name))
 
 
 @pytest.fixture(autouse=True)

@@ -131,6 +131,8 @@ def test_layers(tmp_path, images):
     # The last block's output becomes the last layer's by the final norm.
     torch.testing.assert_close(last.model.norm(by_name(batch)[1]), last(batch)[1])
     assert not torch.allclose(dense, by_name(batch)[1])
+    with pytest.raises(ValueError, match=r"no dense features of .*layer 'head_drop' has not run"):
+        load(path, "dino", model_args=VIT, image_size=64, layer="head_drop")
     with pytest.raises(ValueError, match=r"layer must be in \[-2, 1\]"):
         load(path, "dino", model_args=VIT, image_size=64, layer=7)
 

@@ -11,6 +11,7 @@ import pytest
 from ssl_run import TINY
 from typer.testing import CliRunner
 
+from dse_ext import ops
 from dse_ext.cli import app
 from dse_ext.ssl import TrainConfig, Trainer
 
@@ -152,3 +153,20 @@ def test_pairs_are_checked(tmp_path):
     assert "expected KEY=VALUE, got 'momentum'" in plain(result.output)
     assert run("train").exit_code == 2
     assert "--out" in plain(run("train").output)
+
+
+@pytest.mark.skipif("_cuda" not in ops.LIBRARIES, reason="built without CUDA")
+def test_info_prints_a_plan():
+    result = run("info", "--plan", "64", "196", "384", "bfloat16", "--gpu", "h100")
+    assert result.exit_code == 0
+    assert "(64, 196, 384) bfloat16, regularizer, on h100" in result.output
+    assert "image_kernel" in result.output
+    facts = json.loads(run("info", "--json", "--plan", 64, 196, 384, "float32").output)
+    assert facts["dtype"] == "float32"
+    assert facts["backward"]["steps"]
+
+
+def test_info_refuses_a_plan_that_cannot_be():
+    result = run("info", "--plan", 64, 196, 384, "int8")
+    assert result.exit_code == 2
+    assert "error:" in result.output

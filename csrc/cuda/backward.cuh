@@ -111,9 +111,10 @@ __global__ __launch_bounds__(kRowThreads) void cluster_weights_kernel(GradientWe
 
 template <class G>
 void run_gradient_weights(const GradientWeightArgs<G>& p, cudaStream_t stream) {
-  launch(gradient_weights_kernel<G>, {dim3(1), kRowThreads, 0, stream}, p);
+  launch(DSE_KERNEL(gradient_weights_kernel<G>), {dim3(1), kRowThreads, 0, stream}, p);
   const int64_t clusters = p.images * p.local_clusters + p.groups * p.global_clusters;
-  launch(cluster_weights_kernel<G>, {grid_of(ceil_div(clusters, kRowThreads)), kRowThreads, 0, stream}, p);
+  launch(DSE_KERNEL(cluster_weights_kernel<G>),
+         {grid_of(ceil_div(clusters, kRowThreads)), kRowThreads, 0, stream}, p);
 }
 
 // weight[g * k + c] = grad[g][c].
@@ -129,8 +130,8 @@ __global__ __launch_bounds__(kRowThreads) void read_weights_kernel(const G* grad
 template <class G>
 void run_read_weights(const G* grad, int64_t groups, int64_t k, int64_t stride_group, int64_t stride_cluster,
                       double* weight, cudaStream_t stream) {
-  launch(read_weights_kernel<G>, {grid_of(ceil_div(groups * k, kRowThreads)), kRowThreads, 0, stream}, grad,
-         groups * k, k, stride_group, stride_cluster, weight);
+  launch(DSE_KERNEL(read_weights_kernel<G>), {grid_of(ceil_div(groups * k, kRowThreads)), kRowThreads, 0, stream},
+         grad, groups * k, k, stride_group, stride_cluster, weight);
 }
 
 inline constexpr int kProductThreads = 128;
@@ -271,8 +272,9 @@ void run_cluster_gradient(const ClusterGradientArgs<S>& a, void* workspace, cuda
   run_work_list(p, d, a.slots.rows_side, list, stream);
   run_cluster_means(a.x, p, 0.0, means, nullptr, stream);
   const int64_t bound = (items + ceil_div(p.groups * p.group_rows, kProductRows)) * ceil_div(d, kProductFeatures);
-  launch(cluster_gradient_kernel<S>, {grid_of(bound < a.blocks ? bound : a.blocks), kProductThreads, 0, stream},
-         a.x, p, list, means, a.slots, a.weights, a.accumulator);
+  launch(DSE_KERNEL(cluster_gradient_kernel<S>),
+         {grid_of(bound < a.blocks ? bound : a.blocks), kProductThreads, 0, stream}, a.x, p, list, means, a.slots,
+         a.weights, a.accumulator);
 }
 
 template <class S, class C>
@@ -355,7 +357,7 @@ __global__ __launch_bounds__(kRowThreads) void finish_rows_kernel(FinishArgs<S, 
 // Rows row_begin .. row_end - 1 of the gradient.
 template <class S, class C>
 void run_finish_rows(const FinishArgs<S, C>& p, cudaStream_t stream) {
-  launch(finish_rows_kernel<S, C>,
+  launch(DSE_KERNEL(finish_rows_kernel<S, C>),
          {grid_of(ceil_div(p.row_end - p.row_begin, kRowWarps)), kRowThreads, 0, stream}, p);
 }
 
@@ -375,8 +377,8 @@ template <class S>
 void run_store_rows(const double* accumulator, int64_t groups, int64_t group_rows, int64_t dim,
                     const int64_t* forms, int64_t k, S* out, cudaStream_t stream) {
   const int64_t elements = group_rows * dim, count = groups * elements;
-  launch(store_rows_kernel<S>, {grid_of(ceil_div(count, kRowThreads)), kRowThreads, 0, stream}, accumulator,
-         count, elements, forms, k, out);
+  launch(DSE_KERNEL(store_rows_kernel<S>), {grid_of(ceil_div(count, kRowThreads)), kRowThreads, 0, stream},
+         accumulator, count, elements, forms, k, out);
 }
 
 }  // namespace dse::cuda

@@ -91,7 +91,7 @@ static __global__ __launch_bounds__(kListBlock) void cluster_index_kernel(Cluste
 
 // offset, order and sizes from the labels.
 inline void run_cluster_index(const Clusters& p, cudaStream_t stream) {
-  launch(cluster_index_kernel, {grid_of(p.items()), kListBlock, 0, stream}, p);
+  launch(DSE_KERNEL(cluster_index_kernel), {grid_of(p.items()), kListBlock, 0, stream}, p);
 }
 
 // The clusters of a call in descending order of size (ties: the first one first), and the number of tiles of
@@ -164,8 +164,9 @@ static __global__ __launch_bounds__(kListBlock) void count_tiles_kernel(Clusters
 // After run_cluster_index.
 inline void run_work_list(const Clusters& p, int64_t d, bool rows_side, const WorkList& list,
                           cudaStream_t stream) {
-  launch(rank_clusters_kernel, {grid_of(ceil_div(p.items(), kListBlock)), kListBlock, 0, stream}, p, list);
-  launch(count_tiles_kernel, {dim3(1), kListBlock, 0, stream}, p, list, d, rows_side);
+  launch(DSE_KERNEL(rank_clusters_kernel), {grid_of(ceil_div(p.items(), kListBlock)), kListBlock, 0, stream}, p,
+         list);
+  launch(DSE_KERNEL(count_tiles_kernel), {dim3(1), kListBlock, 0, stream}, p, list, d, rows_side);
 }
 
 // Mean of every cluster, relative to its first row, so that equal rows have exactly their own value as the mean;
@@ -214,8 +215,8 @@ inline int64_t cluster_slabs(int64_t dim) { return ceil_div(dim, kListSlab); }
 template <class S>
 void run_cluster_means(const FeatureView<S>& x, const Clusters& p, double absent, double* means, double* squares,
                        cudaStream_t stream) {
-  launch(cluster_means_kernel<S>, {grid_of(p.items() * cluster_slabs(x.dim)), kListThreads, 0, stream}, x, p,
-         absent, means, squares);
+  launch(DSE_KERNEL(cluster_means_kernel<S>),
+         {grid_of(p.items() * cluster_slabs(x.dim)), kListThreads, 0, stream}, x, p, absent, means, squares);
 }
 
 // Where the matrices of clusters lie: that of a cluster whose rows begin at place o of group g at
@@ -528,7 +529,7 @@ void run_cluster_norms(const ClusterNormArgs<S>& a, void* workspace, cudaStream_
   // No partition has more tiles than these.
   const int64_t largest = ceil_div(side, kGramTile);
   const int64_t bound = items + ceil_div(p.groups * p.group_rows, side) * largest * (largest + 1) / 2;
-  launch(cluster_gram_kernel<S>,
+  launch(DSE_KERNEL(cluster_gram_kernel<S>),
          {grid_of(bound < a.gram_blocks ? bound : a.gram_blocks), kGramThreads, 0, stream}, a.x, p, list, means,
          a.slots);
   EigenArgs e;
@@ -552,13 +553,13 @@ void run_cluster_norms(const ClusterNormArgs<S>& a, void* workspace, cudaStream_
   const int64_t small_shared = e.shared;
   if (side > e.shared_side) {
     e.shared = plan.large_shared;
-    launch(large_cluster_eigen_kernel,
+    launch(DSE_KERNEL(large_cluster_eigen_kernel),
            {grid_of(plan.large_blocks), 512, sizeof(double) * static_cast<size_t>(e.shared), stream}, e,
            small_shared);
     e.shared = small_shared;
   }
-  launch(cluster_eigen_kernel, {grid_of(items), threads, sizeof(double) * static_cast<size_t>(e.shared), stream},
-         e);
+  launch(DSE_KERNEL(cluster_eigen_kernel),
+         {grid_of(items), threads, sizeof(double) * static_cast<size_t>(e.shared), stream}, e);
 }
 
 }  // namespace dse::cuda

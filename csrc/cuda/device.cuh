@@ -18,6 +18,8 @@
 #include <string>
 #include <utility>
 
+#include "cuda/recording.h"
+
 namespace dse::cuda {
 
 inline constexpr int kWarp = 32;
@@ -34,21 +36,38 @@ inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
+// A kernel and its name in the source.
+template <class... P>
+struct Kernel {
+  void (*function)(P...);
+  const char* name;
+};
+template <class... P>
+Kernel<P...> named_kernel(void (*function)(P...), const char* name) {
+  return {function, name};
+}
+#define DSE_KERNEL(...) ::dse::cuda::named_kernel((__VA_ARGS__), #__VA_ARGS__)
+
 // Queues the kernel on the stream and returns. An empty grid is no launch.
 template <class... P, class... A>
-void launch(void (*kernel)(P...), const Launch& where, A&&... arguments) {
+void launch(const Kernel<P...>& kernel, const Launch& where, A&&... arguments) {
   if (where.grid.x == 0 || where.grid.y == 0 || where.grid.z == 0) return;
+  if (Recording* r = Recording::current(); r != nullptr) {
+    r->steps.push_back(
+        {kernel.name, {where.grid.x, where.grid.y, where.grid.z}, where.block.x, where.shared_bytes});
+    return;
+  }
 #ifdef DSE_CUDA_EMULATION
-  dse::emulation::run_grid(where.grid, where.block, where.shared_bytes, [&] { kernel(arguments...); });
+  dse::emulation::run_grid(where.grid, where.block, where.shared_bytes, [&] { kernel.function(arguments...); });
 #else
   // Above 48 KB, static shared memory included, a kernel has to opt in.
   constexpr size_t kWithoutAsking = 32 << 10;
   if (where.shared_bytes > kWithoutAsking) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(where.shared_bytes)),
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel.function),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(where.shared_bytes)),
           "cudaFuncSetAttribute");
   }
-  kernel<<<where.grid, where.block, where.shared_bytes, where.stream>>>(std::forward<A>(arguments)...);
+  kernel.function<<<where.grid, where.block, where.shared_bytes, where.stream>>>(std::forward<A>(arguments)...);
   check(cudaGetLastError(), "kernel launch");
 #endif
 }

@@ -68,17 +68,17 @@ class Backward {
     weigh(upstream);
     const bool evaluation = p_.variant == Variant::kEvaluation;
     const int64_t row_bytes = kDouble * p_.dim, group_rows = p_.group_images * p_.positions;
-    const int64_t part = evaluation ? p_.groups() : part_of(p_.groups(), group_rows * row_bytes);
+    const int64_t part = evaluation ? p_.groups() : call_.part_of(p_.groups(), group_rows * row_bytes);
     Tensor accumulator;
     if (evaluation) accumulator = permuted_ranks();
-    else prepare_rank();
+    else accumulator = prepare_rank(std::min(part * group_rows, p_.rows()));
     const int64_t items =
         std::max(std::min(part * p_.group_images, p_.images) * p_.local_clusters, part * p_.global_clusters);
     void* space = call_.borrow_bytes(cluster_gradient_workspace(items, p_.dim));
     for (int64_t g = 0; g < p_.groups(); g += part) {
       const int64_t last = std::min(g + part, p_.groups());
       const int64_t begin = p_.group_begin(g), end = p_.group_end(last - 1);
-      if (!evaluation) accumulator = rank_share(begin, end);
+      if (!evaluation) rank_share(begin, end, torch::stable::narrow(accumulator, 0, 0, end - begin));
       auto* sum = data_of<double>(accumulator);
       add_clusters(local_, begin / p_.positions, end / p_.positions, saved_.local, local_width(p_),
                    uses_image_kernel(p_), local_weights_, sum, space);
@@ -115,40 +115,49 @@ class Backward {
     run_gradient_weights(a, call_.stream);
   }
 
-  Tensor rows_as_double(int64_t begin, int64_t end) {
-    const Tensor rows = empty(z_, {end - begin, p_.dim}, ScalarType::Double);
-    run_gather_rows(x_, nullptr, begin, end - begin, nullptr, end - begin, data_of<double>(rows), call_.stream);
-    return rows;
+  void rows_as_double(int64_t begin, int64_t end) {
+    run_gather_rows(x_, nullptr, begin, end - begin, nullptr, end - begin, data_of<double>(rows_), call_.stream);
   }
 
-  // The saved matrix, times its weight.
-  void prepare_rank() {
+  // The saved matrix, times its weight. Returns the accumulator for `rows` rows.
+  Tensor prepare_rank(int64_t rows) {
     const int64_t side = cpu::dim_side(p_);
-    rank_ = empty(z_, {side, side}, ScalarType::Double);
-    launch(scale_kernel, {grid_of(ceil_div(side * side, kMatrixThreads)), kMatrixThreads, 0, call_.stream},
+    rank_ = call_.temporary({side, side}, ScalarType::Double);
+    launch(DSE_KERNEL(scale_kernel),
+           {grid_of(ceil_div(side * side, kMatrixThreads)), kMatrixThreads, 0, call_.stream},
            const_data_of<double>(saved_.dim), side * side, weights_ + kRankWeight, data_of<double>(rank_));
-    if (p_.rows() <= p_.dim) all_rows_ = rows_as_double(0, p_.rows());
+    const bool rows_side = p_.rows() <= p_.dim;
+    rows_ = call_.temporary({rows_side ? p_.rows() : rows, p_.dim}, ScalarType::Double);
+    if (rows_side) rows_as_double(0, p_.rows());
+    return call_.temporary({rows, p_.dim}, ScalarType::Double);
   }
 
   // Rows begin .. end of X F, or of F X where there are no more rows than features.
-  Tensor rank_share(int64_t begin, int64_t end) {
-    if (p_.rows() > p_.dim) return torch::stable::matmul(rows_as_double(begin, end), rank_);
-    return torch::stable::matmul(torch::stable::narrow(rank_, 0, begin, end - begin), all_rows_);
+  void rank_share(int64_t begin, int64_t end, const Tensor& to) {
+    if (p_.rows() <= p_.dim) {
+      multiply(torch::stable::narrow(rank_, 0, begin, end - begin), rows_, to);
+      return;
+    }
+    rows_as_double(begin, end);
+    multiply(torch::stable::narrow(rows_, 0, 0, end - begin), rank_, to);
   }
 
   Tensor permuted_ranks() {
     const int64_t n = p_.images, d = p_.dim;
-    const Tensor all = empty(z_, {p_.rows(), d}, ScalarType::Double);
+    const Tensor all = call_.temporary({p_.rows(), d}, ScalarType::Double);
     const int64_t* order = int_ + index_at_.permutation();
     Tensor matrices = saved_.dim;
-    const int64_t part = part_of(p_.positions, n * d * kDouble);
+    const int64_t part = call_.part_of(p_.positions, n * d * kDouble);
+    Tensor all_rows = call_.temporary({part, n, d}, ScalarType::Double);
+    Tensor all_shares = call_.temporary({part, n, d}, ScalarType::Double);
     for (int64_t begin = 0; begin < p_.positions; begin += part) {
       const int64_t count = std::min(part, p_.positions - begin);
-      const Tensor rows = empty(z_, {count, n, d}, ScalarType::Double);
+      const Tensor rows = torch::stable::narrow(all_rows, 0, 0, count);
       run_gather_rows(x_, order + begin * n, 0, count * n, nullptr, n, data_of<double>(rows), call_.stream);
       const Tensor own = torch::stable::narrow(matrices, 0, begin, count);
-      const Tensor share = n <= d ? torch::stable::matmul(own, rows) : torch::stable::matmul(rows, own);
-      launch(scatter_rows_kernel, {grid_of(count * n), kMatrixThreads, 0, call_.stream},
+      const Tensor share = torch::stable::narrow(all_shares, 0, 0, count);
+      n <= d ? multiply(own, rows, share) : multiply(rows, own, share);
+      launch(DSE_KERNEL(scatter_rows_kernel), {grid_of(count * n), kMatrixThreads, 0, call_.stream},
              const_data_of<double>(share), order + begin * n, d, weights_ + kRankWeight, data_of<double>(all));
     }
     return all;
@@ -202,7 +211,7 @@ class Backward {
   Tensor local_labels_, global_labels_;
   const double* real_;
   const int64_t* int_;
-  Tensor grad_, rank_, all_rows_;
+  Tensor grad_, rank_, rows_;
   Clusters local_, global_;
   double *weights_ = nullptr, *local_weights_ = nullptr, *global_weights_ = nullptr;
 };

@@ -110,6 +110,7 @@ class Forward {
     run_row_scales(x_, p_.normalize, real_ + rows_.scale(), finite_, p_.rows(), call_.stream);
     x_.row_scale = real_ + rows_.scale();
     if (!given.local_labels) {
+      const Call::Scope scope(call_);
       KMeansArgs<S> a = kmeans_args(p_.images, p_.positions, p_.local_clusters, RngPurpose::kLocalKMeans);
       a.labels = local_labels();
       run_kmeans(a, call_.borrow_bytes(kmeans_workspace(a.problems, a.rows, p_.dim, a.k)), call_.stream);
@@ -140,7 +141,7 @@ class Forward {
     a.forms = int_ + index_.local_form();
     a.slots = o_.save ? data_of<double>(saved_local_) : nullptr;
     a.workspace = call_.template borrow<double>(plan.workspace());
-    launch(fill_flags_kernel, {dim3(1), kRowThreads, 0, call_.stream}, finite_, int64_t{1});
+    launch(DSE_KERNEL(fill_flags_kernel), {dim3(1), kRowThreads, 0, call_.stream}, finite_, int64_t{1});
     run_image_kernel(a, plan, call_.stream);
     x_.row_scale = real_ + rows_.scale();
     return a.sizes;
@@ -174,6 +175,7 @@ class Forward {
       a.assigned = global_labels();
       run_nearest_centroid(x_, a, call_.stream);
     } else {
+      const Call::Scope scope(call_);
       KMeansArgs<S> a = kmeans_args(p_.groups(), group_rows(), p_.global_clusters, RngPurpose::kGlobalKMeans);
       a.labels = global_labels();
       a.centroids = call_.template borrow<double>(centroids_.numel());
@@ -199,6 +201,7 @@ class Forward {
     const Clusters global = global_partition(call_, p_, global_labels());
     run_cluster_index(global, call_.stream);
     if (given.global_labels && !given.global_centroids) {
+      const Call::Scope scope(call_);
       auto* means = call_.template borrow<double>(centroids_.numel());
       run_cluster_means(x_, global, static_cast<double>(INFINITY), means, nullptr, call_.stream);
       store_centroids(means);
@@ -215,12 +218,14 @@ class Forward {
 
   // Nuclear norms. Without a gradient the matrices are working memory, for some groups at a time.
   void measure_clusters(const Clusters& all, int64_t width, const Tensor& saved, double* norms, int64_t* forms) {
+    const Call::Scope scope(call_);
     auto* flags = call_.template borrow<int>(all.groups);
-    launch(spread_flag_kernel, {grid_of(ceil_div(all.groups, kRowThreads)), kRowThreads, 0, call_.stream},
-           finite_, all.groups, flags);
+    launch(DSE_KERNEL(spread_flag_kernel),
+           {grid_of(ceil_div(all.groups, kRowThreads)), kRowThreads, 0, call_.stream}, finite_, all.groups,
+           flags);
     const int64_t group_elements = all.group_rows * width;
     const int64_t part =
-        o_.save ? all.groups : part_of(all.groups, group_elements * static_cast<int64_t>(sizeof(double)));
+        o_.save ? all.groups : call_.part_of(all.groups, group_elements * static_cast<int64_t>(sizeof(double)));
     ClusterNormArgs<S> a;
     a.x = x_;
     a.clusters = all;
@@ -252,7 +257,10 @@ class Forward {
     r.finite = finite_;
     r.values = call_.template borrow<double>(r.count);
     r.w = o_.save ? data_of<double>(saved_dim_) : nullptr;
-    measure_ranks(call_, z_, x_, r);
+    {
+      const Call::Scope scope(call_);
+      measure_ranks(call_, x_, r);
+    }
     c->ranks = r.values;
     c->rank_count = r.count;
     c->rank_divisor = rank_divisor(p_);
@@ -261,8 +269,11 @@ class Forward {
   // avg_norm, and the distance of every row to its nearest other centroid.
   void measure_rows(const Clusters& global, ComponentArgs* c) {
     auto* average = call_.template borrow<double>(1);
-    run_average_norm(x_, real_ + rows_.mean(), real_ + rows_.mean_direction(), average,
-                     call_.borrow_bytes(average_norm_workspace(p_.rows(), p_.dim)), call_.stream);
+    {
+      const Call::Scope scope(call_);
+      run_average_norm(x_, real_ + rows_.mean(), real_ + rows_.mean_direction(), average,
+                       call_.borrow_bytes(average_norm_workspace(p_.rows(), p_.dim)), call_.stream);
+    }
     c->average = average;
     NearestArgs<C> a;
     a.centroids = data_of<C>(centroids_);

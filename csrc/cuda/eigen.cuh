@@ -252,6 +252,14 @@ __device__ inline int ql_sweep(double* d, double* e, int l, int end, double2* ro
   return l;
 }
 
+// Couplings up to this are rounding. The entries are near 1 (scale_batch), and the tridiagonal form is exact to
+// some epsilons of the largest only: what is smaller than half of one couples noise. A matrix of low rank leaves
+// a large block of such noise, on which a test against its own diagonal alone finds eigenvalues one sweep at a
+// time, up to m sweeps for the first.
+__device__ __forceinline__ double coupling_floor(double above, double below) {
+  return DBL_EPSILON * fmax(0.5, fabs(above) + fabs(below));
+}
+
 // Where the search for eigenvalues of one matrix stands; the same in all lanes of its warp.
 struct Progress {
   int at = 0, tries = 0;
@@ -270,7 +278,7 @@ __device__ inline void ql_fill(EigenBatch& b, int q, int buffer, bool want_vecto
     int end = m;
     for (int base = progress.at; end == m; base += kWarp) {
       const int i = base + lane;
-      const bool decoupled = i + 1 >= m || !(fabs(e[i]) > DBL_EPSILON * (fabs(d[i]) + fabs(d[i + 1])));
+      const bool decoupled = i + 1 >= m || !(fabs(e[i]) > coupling_floor(d[i], d[i + 1]));
       const unsigned found = __ballot_sync(kAllLanes, decoupled ? 1 : 0);
       if (found == 0) continue;
       if (base == progress.at && (found & 1u) != 0) {

@@ -8,16 +8,14 @@
 
 namespace dse::cuda {
 
-// Buffers of more bytes than this are filled and used in parts; of the small problems of the emulation some are.
+// Working memory of more bytes than this is filled and used in parts: half of what the features take, but enough
+// rows to fill the device. Of the small problems of the emulation some are cut too.
+inline int64_t part_bytes([[maybe_unused]] int64_t feature_bytes) {
 #ifdef DSE_CUDA_EMULATION
-inline constexpr int64_t kPartBytes = int64_t{8} << 10;
+  return int64_t{8} << 10;
 #else
-inline constexpr int64_t kPartBytes = int64_t{256} << 20;
+  return std::clamp<int64_t>(feature_bytes / 2, int64_t{32} << 20, int64_t{256} << 20);
 #endif
-
-// How many of `count` items of `bytes` each are taken at a time.
-inline int64_t part_of(int64_t count, int64_t bytes) {
-  return std::clamp<int64_t>(kPartBytes / std::max<int64_t>(bytes, 1), 1, std::max<int64_t>(count, 1));
 }
 
 // Local clusters: one block an image (image_kernel.cuh), with matrices on the side of the rows, or the kernels

@@ -768,7 +768,7 @@ __global__ void __launch_bounds__(kImageThreads, 1)
 // Runs the kernel; N <= kImageRows, `plan` from plan_image for the same shape.
 template <class S, int kTiles = (sizeof(S) > 4 ? 3 : 4)>
 void run_image_kernel(const ImageArguments<S>& args, const ImagePlan& plan, cudaStream_t stream) {
-  launch(image_detail::image_kernel<S, kTiles>,
+  launch(DSE_KERNEL(image_detail::image_kernel<S, kTiles>),
          {dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(plan.threads)),
           plan.shared_bytes(), stream},
          args, plan.area, plan.block_space);

@@ -571,21 +571,21 @@ void run_kmeans(const KMeansArgs<S>& a, void* workspace, cudaStream_t stream) {
   kmeans_layout(a.problems, a.rows, a.x.dim, a.k, workspace, &s);
   const int64_t tiles = ceil_div(a.rows, kTileRows);
   const auto over = [&](int64_t blocks) { return Launch{grid_of(a.problems * blocks), kTileThreads, 0, stream}; };
-  launch(kmeans_shift_kernel<S>, over(ceil_div(a.x.dim, kTileThreads)), a, s);
+  launch(DSE_KERNEL(kmeans_shift_kernel<S>), over(ceil_div(a.x.dim, kTileThreads)), a, s);
   if (!a.unit_rows) {
-    launch(kmeans_extent_kernel<S>, over(tiles), a, s);
-    launch(kmeans_scale_kernel<S>, over(1), a, s);
+    launch(DSE_KERNEL(kmeans_extent_kernel<S>), over(tiles), a, s);
+    launch(DSE_KERNEL(kmeans_scale_kernel<S>), over(1), a, s);
   }
-  for (int64_t c = 0; c < a.k; ++c) launch(kmeans_seed_kernel<S>, over(s.tiles), a, s, c);
+  for (int64_t c = 0; c < a.k; ++c) launch(DSE_KERNEL(kmeans_seed_kernel<S>), over(s.tiles), a, s, c);
   for (int64_t t = 0; t < a.max_iters; ++t) {
-    launch(kmeans_assign_kernel<S>, over(tiles), a, s, static_cast<int>(t));
-    launch(kmeans_update_kernel<S>, {grid_of(a.problems * a.k * s.slabs), kListThreads, 0, stream}, a, s,
-           static_cast<int>(t));
+    launch(DSE_KERNEL(kmeans_assign_kernel<S>), over(tiles), a, s, static_cast<int>(t));
+    launch(DSE_KERNEL(kmeans_update_kernel<S>), {grid_of(a.problems * a.k * s.slabs), kListThreads, 0, stream}, a,
+           s, static_cast<int>(t));
   }
-  launch(kmeans_assign_kernel<S>, over(tiles), a, s, static_cast<int>(a.max_iters));
-  if (a.inertia != nullptr) launch(kmeans_inertia_kernel<S>, over(tiles), a, s);
+  launch(DSE_KERNEL(kmeans_assign_kernel<S>), over(tiles), a, s, static_cast<int>(a.max_iters));
+  if (a.inertia != nullptr) launch(DSE_KERNEL(kmeans_inertia_kernel<S>), over(tiles), a, s);
   const int64_t parts = ceil_div(a.k * a.x.dim > a.rows ? a.k * a.x.dim : a.rows, 8 * kTileThreads);
-  launch(kmeans_finish_kernel<S>, over(parts), a, s, parts);
+  launch(DSE_KERNEL(kmeans_finish_kernel<S>), over(parts), a, s, parts);
 }
 
 }  // namespace dse::cuda

@@ -32,6 +32,7 @@ __global__ __launch_bounds__(kThreads) void settle_labels_kernel(int64_t* labels
 }
 
 bool can_wait(cudaStream_t stream) {
+  if (Recording::current() != nullptr) return false;
 #ifdef DSE_CUDA_EMULATION
   static_cast<void>(stream);
   return true;
@@ -50,12 +51,10 @@ void copy_given_labels(Call& call, const Tensor& labels, const Tensor& features,
   cpu::require_label_shape(labels, rows, columns, argument);
   const Tensor flat = torch::stable::contiguous(labels);
   const int64_t count = rows * columns;
-  check(cudaMemcpyAsync(to, flat.const_data_ptr(), static_cast<size_t>(count) * sizeof(int64_t),
-                        cudaMemcpyDeviceToDevice, call.stream),
-        "cudaMemcpyAsync");
+  call.copy(to, const_data_of<int64_t>(flat), count * static_cast<int64_t>(sizeof(int64_t)));
   if (!can_wait(call.stream)) return;
   auto* found = call.borrow<int64_t>(2);
-  launch(find_bad_label_kernel, {dim3(1), kThreads, 0, call.stream}, to, count, k, found);
+  launch(DSE_KERNEL(find_bad_label_kernel), {dim3(1), kThreads, 0, call.stream}, to, count, k, found);
   int64_t seen[2] = {-1, 0};
   check(cudaMemcpyAsync(seen, found, sizeof(seen), cudaMemcpyDeviceToHost, call.stream), "cudaMemcpyAsync");
 #ifndef DSE_CUDA_EMULATION
@@ -67,8 +66,8 @@ void copy_given_labels(Call& call, const Tensor& labels, const Tensor& features,
 }
 
 void settle_labels(Call& call, int64_t* labels, int64_t count, int64_t k, const int* finite) {
-  launch(settle_labels_kernel, {grid_of(ceil_div(count, kThreads)), kThreads, 0, call.stream}, labels, count, k,
-         finite);
+  launch(DSE_KERNEL(settle_labels_kernel), {grid_of(ceil_div(count, kThreads)), kThreads, 0, call.stream}, labels,
+         count, k, finite);
 }
 
 }  // namespace dse::cuda

@@ -28,8 +28,9 @@ static __global__ __launch_bounds__(kMatrixThreads) void whole_groups_kernel(int
 
 inline void run_whole_groups(int64_t groups, int64_t n, int64_t* offset, int64_t* sizes, int64_t* order,
                              cudaStream_t stream) {
-  launch(whole_groups_kernel, {grid_of(ceil_div(groups * n, kMatrixThreads)), kMatrixThreads, 0, stream}, groups,
-         n, offset, sizes, order);
+  launch(DSE_KERNEL(whole_groups_kernel),
+         {grid_of(ceil_div(groups * n, kMatrixThreads)), kMatrixThreads, 0, stream}, groups, n, offset, sizes,
+         order);
 }
 
 // rows[j * B + b] = the row of image b that stands at position j after a random permutation of its positions
@@ -52,8 +53,8 @@ static __global__ __launch_bounds__(kMatrixThreads) void permute_positions_kerne
 
 inline void run_permute_positions(const int64_t* seed, int64_t images, int64_t positions, int64_t* rows,
                                   cudaStream_t stream) {
-  launch(permute_positions_kernel, {grid_of(ceil_div(images, kMatrixThreads)), kMatrixThreads, 0, stream}, seed,
-         images, positions, rows);
+  launch(DSE_KERNEL(permute_positions_kernel),
+         {grid_of(ceil_div(images, kMatrixThreads)), kMatrixThreads, 0, stream}, seed, images, positions, rows);
 }
 
 // out row i = row order[i] of x, less the mean of the group of `group_rows` rows that it belongs to. order: null
@@ -73,8 +74,8 @@ __global__ __launch_bounds__(kMatrixThreads) void gather_rows_kernel(FeatureView
 template <class S>
 void run_gather_rows(const FeatureView<S>& x, const int64_t* order, int64_t begin, int64_t count,
                      const double* means, int64_t group_rows, double* out, cudaStream_t stream) {
-  launch(gather_rows_kernel<S>, {grid_of(count), kMatrixThreads, 0, stream}, x, order, begin, means, group_rows,
-         out);
+  launch(DSE_KERNEL(gather_rows_kernel<S>), {grid_of(count), kMatrixThreads, 0, stream}, x, order, begin, means,
+         group_rows, out);
 }
 
 // out = weight of the group * rows, in the type of the features; NaN in groups of form `bad`.
@@ -163,7 +164,7 @@ static __global__ __launch_bounds__(kMatrixThreads, 1) void small_rank_kernel(Gr
 inline void run_small_ranks(const GramRanks& r, int64_t count, cudaStream_t stream) {
   const int64_t m = r.n < r.dim ? r.n : r.dim;
   const auto bytes = static_cast<size_t>(eigen_square(m) + eigen_vectors(m)) * sizeof(double);
-  launch(small_rank_kernel, {grid_of(count), kMatrixThreads, bytes, stream}, r);
+  launch(DSE_KERNEL(small_rank_kernel), {grid_of(count), kMatrixThreads, bytes, stream}, r);
 }
 
 // For a decomposition by the library: copies the matrices, with the identity in place of those that it would
@@ -191,7 +192,7 @@ static __global__ __launch_bounds__(kMatrixThreads) void prepare_eigen_kernel(Gr
 
 inline void run_prepare_eigen(const GramRanks& r, int64_t count, double* out, KnownSpectrum* known,
                               cudaStream_t stream) {
-  launch(prepare_eigen_kernel, {grid_of(count), kMatrixThreads, 0, stream}, r, out, known);
+  launch(DSE_KERNEL(prepare_eigen_kernel), {grid_of(count), kMatrixThreads, 0, stream}, r, out, known);
 }
 
 // eigenvalues (in: of matrix p; out: w_i / sigma_i) and the effective rank. One block a matrix; m + 33 doubles of
@@ -212,7 +213,7 @@ static __global__ __launch_bounds__(kMatrixThreads) void eigen_ranks_kernel(Gram
 inline void run_eigen_ranks(const GramRanks& r, int64_t count, double* eigenvalues, const KnownSpectrum* known,
                             cudaStream_t stream) {
   const int64_t m = r.n < r.dim ? r.n : r.dim;
-  launch(eigen_ranks_kernel,
+  launch(DSE_KERNEL(eigen_ranks_kernel),
          {grid_of(count), kMatrixThreads, static_cast<size_t>(m + 33) * sizeof(double), stream}, r, eigenvalues,
          known);
 }
@@ -228,8 +229,9 @@ static __global__ __launch_bounds__(kMatrixThreads) void scale_columns_kernel(co
 
 inline void run_scale_columns(const double* vectors, const double* coefficient, int64_t count, int64_t m,
                               double* out, cudaStream_t stream) {
-  launch(scale_columns_kernel, {grid_of(ceil_div(count * m * m, kMatrixThreads)), kMatrixThreads, 0, stream},
-         vectors, coefficient, count, m, out);
+  launch(DSE_KERNEL(scale_columns_kernel),
+         {grid_of(ceil_div(count * m * m, kMatrixThreads)), kMatrixThreads, 0, stream}, vectors, coefficient,
+         count, m, out);
 }
 
 }  // namespace dse::cuda

@@ -701,24 +701,24 @@ inline void run_effective_rank(const double* c, int64_t m, void* workspace, int 
   const ShiftTable& table = gradient ? kGradientShifts : kValueShifts;
   const auto packed = static_cast<unsigned>(w.packed), tiles = static_cast<unsigned>(w.tiles);
   constexpr size_t kShared = 2 * kMatrixTile * kMatrixTilePitch * sizeof(double);
-  launch(rank_norm_partials, {dim3(packed), dim3(kMatrixTileThreads), 0, stream}, c, m, w);
-  launch(rank_norm, {dim3(1), dim3(256), 0, stream}, c, m, w);
+  launch(DSE_KERNEL(rank_norm_partials), {dim3(packed), dim3(kMatrixTileThreads), 0, stream}, c, m, w);
+  launch(DSE_KERNEL(rank_norm), {dim3(1), dim3(256), 0, stream}, c, m, w);
   for (int first = 0; first < table.count; first += batch) {
     const int now = batch < table.count - first ? batch : table.count - first;
     const auto slots = static_cast<unsigned>(now);
-    launch(rank_shifted_copies, {dim3(packed, slots), dim3(kMatrixTileThreads), 0, stream}, c, m, w, table,
-           first);
+    launch(DSE_KERNEL(rank_shifted_copies), {dim3(packed, slots), dim3(kMatrixTileThreads), 0, stream}, c, m, w,
+           table, first);
     for (int step = 0; step < w.tiles; ++step) {
-      launch(rank_panel, {dim3(tiles, slots), dim3(kMatrixTileThreads), kShared, stream}, w, step);
+      launch(DSE_KERNEL(rank_panel), {dim3(tiles, slots), dim3(kMatrixTileThreads), kShared, stream}, w, step);
       const auto others = static_cast<unsigned>(upper_tiles(w.tiles - 1));
-      launch(rank_update, {dim3(others, slots), dim3(kMatrixTileThreads), kShared, stream}, m, w, table, first,
-             step);
+      launch(DSE_KERNEL(rank_update), {dim3(others, slots), dim3(kMatrixTileThreads), kShared, stream}, m, w,
+             table, first, step);
     }
-    launch(gradient ? rank_accumulate<true> : rank_accumulate<false>,
+    launch(DSE_KERNEL(gradient ? rank_accumulate<true> : rank_accumulate<false>),
            {dim3(packed), dim3(kAccumulateThreads), 0, stream}, c, m, w, table, first, now);
   }
-  launch(rank_finish, {dim3(1), dim3(256), 0, stream}, m, w, table, gradient, value);
-  if (gradient) launch(rank_write, {dim3(packed), dim3(kMatrixTileThreads), 0, stream}, m, w, f);
+  launch(DSE_KERNEL(rank_finish), {dim3(1), dim3(256), 0, stream}, m, w, table, gradient, value);
+  if (gradient) launch(DSE_KERNEL(rank_write), {dim3(packed), dim3(kMatrixTileThreads), 0, stream}, m, w, f);
 }
 
 // --- Second moment of features --------------------------------------------------------------------------------
@@ -846,10 +846,11 @@ void run_second_moment(const FeatureView<S>& x, int64_t begin, int64_t end, cons
                        void* workspace, double* c, cudaStream_t stream) {
   const auto packed = static_cast<unsigned>(upper_tiles((x.dim + kMatrixTile - 1) / kMatrixTile));
   double* partials = static_cast<double*>(workspace);
-  launch(second_moment_partials<S>,
+  launch(DSE_KERNEL(second_moment_partials<S>),
          {dim3(packed, static_cast<unsigned>(splits)), dim3(kMatrixTileThreads), 0, stream}, x, begin, end, mean,
          partials);
-  launch(second_moment_sum, {dim3(packed), dim3(kMatrixTileThreads), 0, stream}, partials, splits, x.dim, c);
+  launch(DSE_KERNEL(second_moment_sum), {dim3(packed), dim3(kMatrixTileThreads), 0, stream}, partials, splits,
+         x.dim, c);
 }
 
 }  // namespace dse::cuda

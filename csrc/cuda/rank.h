@@ -3,9 +3,6 @@
 
 #include <string>
 
-#include <torch/csrc/stable/library.h>
-
-#include "cuda/heuristics.h"
 #include "cuda/host.h"
 #include "cuda/matrices.cuh"
 #include "cuda/matrix_functions.cuh"
@@ -41,6 +38,7 @@ inline Clusters whole_groups(Call& call, int64_t count, int64_t n, const int64_t
 // Eigenvalues in ascending order, and vectors as columns. torch's decomposition waits for the device and cannot
 // be captured into a graph: only float64 features with a large side come here.
 inline std::array<Tensor, 2> library_eigen(const Tensor& matrices) {
+  recorded("library: eigendecomposition");  // on the meta device it is carried out, for the shapes
   std::array<StableIValue, 2> stack{torch::stable::detail::from(matrices),
                                     torch::stable::detail::from(std::string("L"))};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linalg_eigh", "", stack.data(), TORCH_ABI_VERSION));
@@ -49,9 +47,9 @@ inline std::array<Tensor, 2> library_eigen(const Tensor& matrices) {
 }
 
 // Ranks of `count` large Gram matrices in full float64 accuracy.
-inline void library_ranks(Call& call, const Tensor& like, const GramRanks& r, int64_t count) {
+inline void library_ranks(Call& call, const GramRanks& r, int64_t count) {
   const int64_t m = std::min(r.n, r.dim);
-  const Tensor matrices = empty(like, {count, m, m}, ScalarType::Double);
+  const Tensor matrices = call.temporary({count, m, m}, ScalarType::Double);
   auto* known = call.borrow<KnownSpectrum>(count);
   run_prepare_eigen(r, count, data_of<double>(matrices), known, call.stream);
   const auto [eigenvalues, vectors] = library_eigen(matrices);
@@ -59,14 +57,14 @@ inline void library_ranks(Call& call, const Tensor& like, const GramRanks& r, in
   if (r.w == nullptr) return;
   run_scale_columns(const_data_of<double>(vectors), const_data_of<double>(eigenvalues), count, m,
                     data_of<double>(matrices), call.stream);
-  const Tensor w = torch::stable::matmul(matrices, torch::stable::transpose(vectors, 1, 2));
-  check(cudaMemcpyAsync(r.w, w.const_data_ptr(), static_cast<size_t>(count * m * m) * sizeof(double),
-                        cudaMemcpyDeviceToDevice, call.stream),
-        "cudaMemcpyAsync");
+  Tensor rows = vectors;
+  const Tensor w = call.temporary({count, m, m}, ScalarType::Double);
+  multiply(matrices, torch::stable::transpose(rows, 1, 2), w);
+  call.copy(r.w, const_data_of<double>(w), count * m * m * static_cast<int64_t>(sizeof(double)));
 }
 
 template <class S>
-void measure_ranks(Call& call, const Tensor& like, const FeatureView<S>& x, const RankMatrices& r) {
+void measure_ranks(Call& call, const FeatureView<S>& x, const RankMatrices& r) {
   const int64_t d = x.dim, n = r.n, m = std::min(n, d), slabs = cluster_slabs(d);
   const bool direct = r.order == nullptr && uses_second_moment(r.count, n, d);
   const bool small = m <= kSmallRankSide, exact = sizeof(S) == 8;
@@ -79,7 +77,7 @@ void measure_ranks(Call& call, const Tensor& like, const FeatureView<S>& x, cons
   g.gram_stride = direct ? m * m : n * m;
   g.slabs = slabs;
   g.finite_stride = r.finite_stride;
-  const int64_t part = part_of(r.count, static_cast<int64_t>(sizeof(double)) * g.gram_stride);
+  const int64_t part = call.part_of(r.count, static_cast<int64_t>(sizeof(double)) * g.gram_stride);
   g.grams = call.borrow<double>(part * g.gram_stride);
   double* means = call.borrow<double>(part * d);
   double* squares = r.center || n == 1 ? call.borrow<double>(part * slabs) : nullptr;
@@ -104,7 +102,7 @@ void measure_ranks(Call& call, const Tensor& like, const FeatureView<S>& x, cons
       const WorkList list = work_list_at(p.groups, list_space);
       run_work_list(p, d, false, list, call.stream);
       const int64_t side = ceil_div(m, kGramTile), tiles = p.groups * side * (side + 1) / 2;
-      launch(cluster_gram_kernel<S>,
+      launch(DSE_KERNEL(cluster_gram_kernel<S>),
              {grid_of(std::min<int64_t>(tiles, 16 * call.multiprocessors)), kGramThreads, 0, call.stream}, x, p,
              list, means, ClusterSlots{g.grams, m, false});
     }
@@ -114,7 +112,7 @@ void measure_ranks(Call& call, const Tensor& like, const FeatureView<S>& x, cons
     if (small) {
       run_small_ranks(g, p.groups, call.stream);
     } else if (exact) {
-      library_ranks(call, like, g, p.groups);
+      library_ranks(call, g, p.groups);
     } else {
       for (int64_t j = 0; j < p.groups; ++j) {
         run_effective_rank(g.grams + j * g.gram_stride, m, rank_space, batch, g.values + j,

@@ -77,9 +77,10 @@ template <class S>
 void run_row_scales(const FeatureView<S>& z, bool normalize, double* scale, int* finite, int64_t rows_per_flag,
                     cudaStream_t stream) {
   const int64_t flags = ceil_div(z.rows(), rows_per_flag);
-  launch(fill_flags_kernel, {grid_of(ceil_div(flags, kRowThreads)), kRowThreads, 0, stream}, finite, flags);
-  launch(row_scales_kernel<S>, {grid_of(ceil_div(z.rows(), kRowWarps)), kRowThreads, 0, stream}, z, normalize,
-         scale, finite, rows_per_flag);
+  launch(DSE_KERNEL(fill_flags_kernel), {grid_of(ceil_div(flags, kRowThreads)), kRowThreads, 0, stream}, finite,
+         flags);
+  launch(DSE_KERNEL(row_scales_kernel<S>), {grid_of(ceil_div(z.rows(), kRowWarps)), kRowThreads, 0, stream}, z,
+         normalize, scale, finite, rows_per_flag);
 }
 
 // partial[block][f] = sum of weight[i] * (x[i][f] - origin[f]) over the block's rows. Without an origin row 0
@@ -221,16 +222,17 @@ void run_average_norm(const FeatureView<S>& x, double* mean, double* mean_direct
   const double* none = nullptr;
   const Launch sums{grid_of(blocks * slabs), kListThreads, 0, stream};
   const Launch columns{grid_of(ceil_div(d, kWarp)), kRowThreads, 0, stream};
-  launch(column_sums_kernel<S>, sums, x, none, none, block_rows, partial);
-  launch(column_means_kernel<S>, columns, x, partial, blocks, mean);
-  launch(deviations_kernel<S>, {grid_of(blocks), kRowThreads, 0, stream}, x, mean, block_rows,
+  launch(DSE_KERNEL(column_sums_kernel<S>), sums, x, none, none, block_rows, partial);
+  launch(DSE_KERNEL(column_means_kernel<S>), columns, x, partial, blocks, mean);
+  launch(DSE_KERNEL(deviations_kernel<S>), {grid_of(blocks), kRowThreads, 0, stream}, x, mean, block_rows,
          mean_direction != nullptr ? inverse : nullptr, totals, largest);
   if (mean_direction != nullptr) {
-    launch(column_sums_kernel<S>, sums, x, mean, inverse, block_rows, partial);
-    launch(average_norm_kernel, columns, totals, largest, blocks, partial, n, d, average, mean_direction);
+    launch(DSE_KERNEL(column_sums_kernel<S>), sums, x, mean, inverse, block_rows, partial);
+    launch(DSE_KERNEL(average_norm_kernel), columns, totals, largest, blocks, partial, n, d, average,
+           mean_direction);
   } else {
-    launch(average_norm_kernel, {dim3(1), kRowThreads, 0, stream}, totals, largest, blocks, partial, n, d,
-           average, mean_direction);
+    launch(DSE_KERNEL(average_norm_kernel), {dim3(1), kRowThreads, 0, stream}, totals, largest, blocks, partial,
+           n, d, average, mean_direction);
   }
 }
 
@@ -297,7 +299,7 @@ __global__ __launch_bounds__(kTileThreads) void nearest_centroid_kernel(FeatureV
 template <class S, class C>
 void run_nearest_centroid(const FeatureView<S>& x, const NearestArgs<C>& p, cudaStream_t stream) {
   const int64_t blocks = ceil_div(x.rows(), p.group_rows) * ceil_div(p.group_rows, kTileRows);
-  launch(nearest_centroid_kernel<S, C>, {grid_of(blocks), kTileThreads, 0, stream}, x, p);
+  launch(DSE_KERNEL(nearest_centroid_kernel<S, C>), {grid_of(blocks), kTileThreads, 0, stream}, x, p);
 }
 
 // Sum and number of the terms of m_inter in each group: the mean distance of its rows, or in the paper's variant
@@ -348,8 +350,8 @@ static __global__ __launch_bounds__(kRowThreads) void inter_terms_kernel(
 inline void run_inter_terms(const double* distance, const int64_t* nearest, int64_t rows, int64_t group_rows,
                             int64_t k, Variant variant, const int64_t* offset, const int64_t* order, double* sums,
                             int64_t* terms, cudaStream_t stream) {
-  launch(inter_terms_kernel, {grid_of(ceil_div(rows, group_rows)), kRowThreads, 0, stream}, distance, nearest,
-         rows, group_rows, k, variant, offset, order, sums, terms);
+  launch(DSE_KERNEL(inter_terms_kernel), {grid_of(ceil_div(rows, group_rows)), kRowThreads, 0, stream}, distance,
+         nearest, rows, group_rows, k, variant, offset, order, sums, terms);
 }
 
 // What the five components are made of.
@@ -441,7 +443,7 @@ __global__ __launch_bounds__(kRowThreads, 1) void components_kernel(ComponentArg
 
 template <class C>
 void run_components(const ComponentArgs& p, const ComponentOutputs<C>& out, cudaStream_t stream) {
-  launch(components_kernel<C>, {dim3(1), kRowThreads, 0, stream}, p, out);
+  launch(DSE_KERNEL(components_kernel<C>), {dim3(1), kRowThreads, 0, stream}, p, out);
 }
 
 // Float64 centroids in the operator's type, NaN where the features are not finite.
@@ -457,8 +459,8 @@ __global__ __launch_bounds__(kRowThreads) void store_centroids_kernel(const doub
 template <class C>
 void run_store_centroids(const double* from, int64_t count, const int* finite, int64_t per_flag, C* to,
                          cudaStream_t stream) {
-  launch(store_centroids_kernel<C>, {grid_of(ceil_div(count, kRowThreads)), kRowThreads, 0, stream}, from, count,
-         finite, per_flag, to);
+  launch(DSE_KERNEL(store_centroids_kernel<C>), {grid_of(ceil_div(count, kRowThreads)), kRowThreads, 0, stream},
+         from, count, finite, per_flag, to);
 }
 
 // Given centroids (groups x k x d, any strides) in the operator's type. A last group with fewer rows than
@@ -485,8 +487,8 @@ __global__ __launch_bounds__(kRowThreads) void load_centroids_kernel(FeatureView
 template <class D, class C>
 void run_load_centroids(const FeatureView<D>& given, int64_t last_group_rows, int64_t group_rows,
                         const int* finite, C* to, cudaStream_t stream) {
-  launch(load_centroids_kernel<D, C>, {grid_of(given.rows()), kRowThreads, 0, stream}, given, last_group_rows,
-         group_rows, finite, to);
+  launch(DSE_KERNEL(load_centroids_kernel<D, C>), {grid_of(given.rows()), kRowThreads, 0, stream}, given,
+         last_group_rows, group_rows, finite, to);
 }
 
 }  // namespace dse::cuda

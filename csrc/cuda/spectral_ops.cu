@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> norms_forward(const Tensor& x, const Tensor& 
   int* finite = call.borrow<int>(groups);
   run_row_scales(view, false, nullptr, finite, n, call.stream);
   const Clusters all = groups_of(call, x, own_labels, k);
-  const int64_t part = save ? groups : part_of(groups, n * width * kDouble);
+  const int64_t part = save ? groups : call.part_of(groups, n * width * kDouble);
   ClusterNormArgs<S> a;
   a.x = view;
   a.clusters = all;
@@ -82,7 +82,7 @@ Tensor norms_backward(const Tensor& grad, const Tensor& x, const Tensor& labels,
   const Tensor own_labels = contiguous_as(labels, ScalarType::Long);
   const Tensor weights = contiguous_as(grad, ScalarType::Double);
   const Clusters all = groups_of(call, x, const_data_of<int64_t>(own_labels), k);
-  const int64_t part = part_of(groups, n * d * kDouble);
+  const int64_t part = call.part_of(groups, n * d * kDouble);
   auto* sum = call.borrow<double>(part * n * d);
   void* space = call.borrow_bytes(cluster_gradient_workspace(part * k, d));
   for (int64_t begin = 0; begin < groups; begin += part) {
@@ -123,11 +123,11 @@ std::tuple<Tensor, Tensor, Tensor> rank_forward(const Tensor& x, bool center, bo
   r.finite_stride = 1;
   r.values = call.borrow<double>(count);
   r.w = save ? data_of<double>(saved) : nullptr;
-  measure_ranks(call, x, view, r);
+  measure_ranks(call, view, r);
   run_store_centroids(r.values, count, finite, 1, data_of<C>(ranks), call.stream);
   if (save) {
-    launch(rank_forms_kernel, {grid_of(ceil_div(count, kRowThreads)), kRowThreads, 0, call.stream}, finite, count,
-           data_of<int64_t>(form));
+    launch(DSE_KERNEL(rank_forms_kernel), {grid_of(ceil_div(count, kRowThreads)), kRowThreads, 0, call.stream},
+           finite, count, data_of<int64_t>(form));
   }
   return {ranks, saved, form};
 }
@@ -142,9 +142,11 @@ Tensor rank_backward(const Tensor& grad, const Tensor& x, const Tensor& saved, c
   const Tensor out = empty(x, {count, n, d}, x.scalar_type());
   const Tensor weights = contiguous_as(grad, ScalarType::Double);
   const Clusters all = whole_groups(call, count, n, nullptr);
-  const int64_t part = part_of(count, n * d * kDouble);
+  const int64_t part = call.part_of(count, n * d * kDouble);
   auto* means = center ? call.borrow<double>(part * d) : nullptr;
   Tensor matrices = saved;
+  Tensor all_rows = call.temporary({part, n, d}, ScalarType::Double);
+  Tensor all_shares = call.temporary({part, n, d}, ScalarType::Double);
   for (int64_t begin = 0; begin < count; begin += part) {
     const int64_t now = std::min(part, count - begin);
     if (center) {
@@ -153,11 +155,12 @@ Tensor rank_backward(const Tensor& grad, const Tensor& x, const Tensor& saved, c
       p.groups = now;
       run_cluster_means(view, p, 0.0, means, nullptr, call.stream);
     }
-    const Tensor rows = empty(x, {now, n, d}, ScalarType::Double);
+    const Tensor rows = torch::stable::narrow(all_rows, 0, 0, now);
     run_gather_rows(view, nullptr, begin * n, now * n, means, n, data_of<double>(rows), call.stream);
     const Tensor own = torch::stable::narrow(matrices, 0, begin, now);
-    const Tensor share = n <= d ? torch::stable::matmul(own, rows) : torch::stable::matmul(rows, own);
-    launch(store_weighted_kernel<S>,
+    const Tensor share = torch::stable::narrow(all_shares, 0, 0, now);
+    n <= d ? multiply(own, rows, share) : multiply(rows, own, share);
+    launch(DSE_KERNEL(store_weighted_kernel<S>),
            {grid_of(ceil_div(now * n * d, kMatrixThreads)), kMatrixThreads, 0, call.stream},
            const_data_of<double>(share), now * n * d, n * d, const_data_of<double>(weights) + begin,
            const_data_of<int64_t>(saved_form) + begin, kNotFinite, data_of<S>(out) + begin * n * d);

@@ -84,7 +84,7 @@ class DenseExtractor(nn.Module):
         """Rows and columns of the dense features of an image of a size in pixels.
 
         Raises:
-            ValueError: If the model does not take images of that size.
+            ValueError: If the model does not take images of that size, or the layer gives no grid.
         """
         if (height, width) not in self._grids:
             like = next(self.model.parameters())
@@ -93,7 +93,7 @@ class DenseExtractor(nn.Module):
                 _, dense = self(image)
             except (AssertionError, RuntimeError, ValueError) as error:
                 raise ValueError(
-                    f"the model does not take images of {height} x {width} pixels: {error}"
+                    f"no dense features of images of {height} x {width} pixels: {error}"
                 ) from error
             grid = self._features.grid
             if grid is None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
 
-def fail(console: Any, message: str) -> None:
+def fail(console: Any, message: str) -> NoReturn:
     """Print an error message, which is rich markup, and exit with status 2."""
     console.print(f"[red]error:[/] {message}", highlight=False, soft_wrap=True)
     raise typer.Exit(2)

@@ -79,12 +79,20 @@ class SweepProgress:
 
     def finish(self, figures: dict[str, float]) -> None:
         """The checkpoint has been scored."""
-        rate = self._images / max(time.perf_counter() - self._started, 1e-9)
         relevance, dim = figures["class_relevance"], figures["m_dim"]
-        text = f"class relevance {relevance:.4f}  M_dim {dim:.4f}  {rate:.0f} images/s"
+        text = f"class relevance {relevance:.4f}  M_dim {dim:.4f}"
         if not math.isfinite(relevance):
-            text = f"[yellow]features that are not finite[/]  {rate:.0f} images/s"
-        self._line(text)
+            text = "[yellow]features that are not finite[/]"
+        self.conclude(text)
+
+    def conclude(self, outcome: str) -> None:
+        """The checkpoint is done; its outcome in rich markup."""
+        rate = self._images / max(time.perf_counter() - self._started, 1e-9)
+        self._line(f"{outcome}  {rate:.0f} images/s")
+
+    def stage(self, what: str) -> None:
+        """What is done with the checkpoint now."""
+        self._bars.update(self._one, description=what)
 
     def skip(self, reason: str) -> None:
         """The checkpoint could not be scored."""

@@ -12,7 +12,7 @@ def choose_device(name: str, needs_dse: bool = True) -> torch.device:
 
     Args:
         name: A torch device, or ``"auto"``: the GPU, if torch has one and the installed dse-ext
-            has kernels for it, otherwise the CPU.
+            has kernels for it where they are needed, otherwise the CPU.
         needs_dse: Whether DSE is computed on the device.
 
     Returns:
@@ -22,7 +22,8 @@ def choose_device(name: str, needs_dse: bool = True) -> torch.device:
         ConfigError: If there is no such device, or dse-ext cannot run on it.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() and _has_kernels("CUDA") else "cpu")
+        usable = torch.cuda.is_available() and (not needs_dse or _has_kernels("CUDA"))
+        return torch.device("cuda" if usable else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from dse_ext.data import ImageSource, TextureScenes
 from dse_ext.probes import LinearProbe
+from dse_ext.selection import kendall_tau, select_by_dse
 from dse_ext.ssl.backbone import DenseBackbone
 from dse_ext.ssl.config import TrainConfig
 
@@ -264,34 +264,19 @@ def select(scores: Sequence[CheckpointScore], top: int = 3, window: int = 2) -> 
     Returns:
         λ, the chosen steps and Kendall's τ.
     """
-    import dse_ext
-
     trained = [score for score in scores if score.step > 0]
-    try:
-        dim_weight = dse_ext.dse_lambda(
-            class_relevance=[score.class_relevance for score in trained],
-            m_dim=[score.m_dim for score in trained],
-        )
-        computed = True
-    except ValueError:
-        dim_weight, computed = 1.0, False
-    values = [score.dse(dim_weight) for score in trained]
-    chosen = dse_ext.select_checkpoints(values, top=top, window=window)
-    tau, p_value = _kendall(values, [score.miou for score in trained])
-    return Selection(
-        dim_weight, computed, tuple(trained[index].step for index in chosen), tau, p_value
+    result = select_by_dse(
+        class_relevance=[score.class_relevance for score in trained],
+        m_dim=[score.m_dim for score in trained],
+        top=top,
+        window=window,
     )
-
-
-def _kendall(
-    values: list[float], mious: Sequence[float | None]
-) -> tuple[float | None, float | None]:
-    from scipy.stats import kendalltau
-
-    known = [miou for miou in mious if miou is not None]
-    if len(known) < len(values) or len(known) < 2:
-        return None, None
-    result = kendalltau(values, known)
-    if not math.isfinite(result.statistic):
-        return None, None
-    return float(result.statistic), float(result.pvalue)
+    mious = [score.miou for score in trained]
+    tau, p_value = (None, None) if None in mious else kendall_tau(result.scores, mious)
+    return Selection(
+        result.dim_weight,
+        result.dim_weight_computed,
+        tuple(trained[index].step for index in result.chosen),
+        tau,
+        p_value,
+    )

@@ -113,7 +113,7 @@ void check_eigen(int m, int rank, bool ties, dse::SpectralKind kind) {
     Matrix vectors = gram, values(static_cast<size_t>(m)), w(static_cast<size_t>(m * m));
     double value = 0.0;
     launch(
-        eigen_kernel,
+        DSE_KERNEL(eigen_kernel),
         {dim3(1), dim3(128), sizeof(double) * static_cast<size_t>(eigen_scratch(m) + 40 + m * ld + m), nullptr},
         vectors.data(), m, values.data(), w.data(), &value, seed != 2, m - rank, kind);
     if (seed > 0) {
@@ -394,6 +394,7 @@ int main() {
     check_eigen(m, (m + 1) / 2, true, SpectralKind::kEffectiveRank);
     check_eigen(m, 0, false, SpectralKind::kNuclearNorm);
   }
+  for (int rank : {2, 3, 20}) check_eigen(100, rank, false, SpectralKind::kNuclearNorm);
   check_image<double>({.name = "one row", .images = 2, .n = 1, .d = 5, .k = 1});
   check_image<double>({.name = "k = N", .images = 2, .n = 5, .d = 3, .k = 5});
   check_image<double>({.name = "plain", .images = 3, .n = 20, .d = 33, .k = 3});

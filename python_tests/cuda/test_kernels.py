@@ -6,25 +6,17 @@ a result is wrong or differs between schedules.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from emulated import compiler
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PROGRAMS = ("image_kernel", "clusters_and_gradient", "matrix_functions")
 SANITIZED = ("clusters_and_gradient",)
-
-
-def compiler() -> str:
-    found = os.environ.get("CXX") or shutil.which("g++")
-    if not found:
-        pytest.skip("the kernels are run on the CPU with g++, which is not here")
-    return found
 
 
 def build(program: str, folder: Path, *options: str) -> Path:

@@ -56,8 +56,8 @@ def dse_lambda(class_relevance: Scalars, m_dim: Scalars) -> float:
         >>> dse_ext.dse_lambda(class_relevance=[0.0, 0.5, 0.25], m_dim=[0.5, 0.25, 0.375])
         2.0
     """
-    relevance = _vector("class_relevance", class_relevance)
-    dimensionality = _vector("m_dim", m_dim)
+    relevance = vector("class_relevance", class_relevance)
+    dimensionality = vector("m_dim", m_dim)
     if relevance.size != dimensionality.size:
         raise ValueError(
             "class_relevance and m_dim must have one value per checkpoint each, got "
@@ -126,7 +126,7 @@ def select_checkpoints(scores: Scalars, top: int = 3, window: int = 2) -> list[i
         >>> dse_ext.select_checkpoints([0.1, 0.4, 0.3, 0.2, 0.0, 0.5, 0.1], top=2)
         [5, 1]
     """
-    values = _vector("scores", scores)
+    values = vector("scores", scores)
     top = _integer("top", top, at_least=1)
     window = _integer("window", window, at_least=0)
     if values.size == 0:
@@ -145,7 +145,7 @@ def select_checkpoints(scores: Scalars, top: int = 3, window: int = 2) -> list[i
     return sorted(candidates, key=lambda i: -values[i])[:top]
 
 
-def _vector(name: str, values: object) -> npt.NDArray[np.float64]:
+def vector(name: str, values: object) -> npt.NDArray[np.float64]:
     """The values as a one-dimensional double-precision array."""
     if isinstance(values, Tensor):
         array = _numpy(values)
