@@ -287,7 +287,7 @@ def _measure(plan: Plan, run: Run, work: Path, threads: int, workers: int) -> di
     folder = RunFolder(work / run.name)
     record: dict[str, Any] = {**dataclasses.asdict(run), "diverged": None}
     try:
-        trained = train(config, folder.root, resume=True)
+        trained = train(config, folder.root, resume=True, report=False)
     except TrainingDiverged as error:
         return {**record, "diverged": str(error)}
     scoring = EvaluateConfig(
