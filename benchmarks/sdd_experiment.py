@@ -396,7 +396,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     plan = PRESETS[options.preset]
     work = options.work or Path("runs") / f"{NAME}-{plan.preset}"
-    console = Console()
+    # A file has room for the tables.
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     try:
         runs = run_all(plan, work, console, threads=options.threads, workers=options.workers)
     except Interrupted as stop:

@@ -195,7 +195,7 @@ def facts(report: Mapping[str, Any]) -> str:
         f"fitted to {training['probe_images']} scenes and measured on {training['heldout_images']} "
         f"others; DSE and the baselines are of {scoring['images']} scenes, LiDAR of "
         f"{scoring['lidar_images']} × {scoring['lidar_views']} views. {machine['cpu']}, "
-        f"{machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}, timm "
+        f"{machine['cores']} cores, threads used: {machine['threads']}, torch {machine['torch']}, timm "
         f"{machine['timm']}, lightly {machine['lightly']}, dse-ext {machine['dse_ext']}."
     )
 
@@ -224,7 +224,8 @@ def print_tables(report: Mapping[str, Any], console: Console) -> None:
     for table in tables(report):
         shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
         for number, name in enumerate(table.header):
-            shown.add_column(name, justify="left" if number < 2 else "right")
+            text = number < 2
+            shown.add_column(name, justify="left" if text else "right", no_wrap=text)
         for row in table.rows:
             shown.add_row(*row, style="bold" if row[0] == MEAN else None)
         console.print(shown)
@@ -239,7 +240,9 @@ _MARKS = "osD^"
 def figure(report: Mapping[str, Any]) -> Figure:
     """Curves of mIoU and DSE over training for each method, and τ of each metric.
 
-    Lines are means over seeds, bands reach from the least to the greatest seed.
+    The curves are changes since the untrained network, because the scenes, and with them the level,
+    differ from seed to seed. Lines are means over seeds, bands reach from the least to the greatest
+    seed.
 
     Args:
         report: The report.
@@ -268,8 +271,8 @@ def figure(report: Mapping[str, Any]) -> Figure:
                 _curve(axes[1][column], runs, plain_dse, number, weight)
             axes[0][column].set_title(method)
             axes[1][column].set_xlabel("step")
-        axes[0][0].set_ylabel("mIoU of the linear probe, %")
-        axes[1][0].set_ylabel("DSE (λ = 1)")
+        axes[0][0].set_ylabel("change of mIoU, points")
+        axes[1][0].set_ylabel("change of DSE (λ = 1)")
         handles, labels = axes[0][0].get_legend_handles_labels()
         upper.legend(handles, labels, loc="outside upper right", ncols=len(weights), fontsize=9)
         _taus(lower.subplots(), report, weights)
@@ -293,6 +296,7 @@ def _curve(
         return
     steps = [checkpoint["step"] for checkpoint in runs[0]["checkpoints"]]
     values = np.array([[value(c) for c in run["checkpoints"]] for run in runs], dtype=float)
+    values -= values[:, :1]
     colour, mark = _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)]
     axis.fill_between(
         steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.16, linewidth=0
