@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,16 +11,7 @@ import torch
 
 import dse_ext
 from benchmarks.cases import THREADS
-
-
-def cpu_name() -> str:
-    """The model name of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+from benchmarks.machine import cpu_name
 
 
 def _lightly_version() -> str | None:

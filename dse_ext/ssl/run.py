@@ -48,7 +48,7 @@ class RunResult:
         scores: One score per checkpoint, the untrained network first.
         selection: λ, the chosen checkpoints and Kendall's τ.
         results: Path of ``results.json``.
-        report: Path of ``report.html``.
+        report: Path of ``report.html``; None where none was asked for.
         summary: The content of ``results.json``.
     """
 
@@ -56,7 +56,7 @@ class RunResult:
     scores: tuple[CheckpointScore, ...]
     selection: Selection
     results: Path
-    report: Path
+    report: Path | None
     summary: dict[str, Any]
 
 
@@ -66,6 +66,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    report: bool = True,
     console: Console | None = None,
 ) -> RunResult:
     """Trains a network with the DSE regularizer, scores its checkpoints and writes a report.
@@ -78,6 +79,7 @@ def train(
         out: Folder for everything that is written.
         resume: Continue the run in ``out``; if there is none, start it.
         overwrite: Delete a run that is in ``out`` and start again.
+        report: Write ``report.html``, which takes a few seconds.
         console: Where progress and the table are printed; None prints nothing.
 
     Returns:
@@ -116,7 +118,8 @@ def train(
         summary = _summary(config, folder, scores, selection, data, device)
         summary["seconds"] = time.perf_counter() - started
         save_text(folder.results, json.dumps(summary, indent=2) + "\n")
-        write_report(folder, config, scores, selection, data, summary)
+        if report:
+            write_report(folder, config, scores, selection, data, summary)
     console.print(checkpoint_table(scores, selection, config.start))
     for line in summary_lines(scores, selection, config.start):
         console.print(line, highlight=False)
@@ -124,9 +127,11 @@ def train(
     console.print(f"regularizer: {share:.1f} % of the training step time", highlight=False)
     if skipped := summary["training"]["skipped_steps"]:
         console.print(f"skipped: {skipped} steps whose gradient was not finite", highlight=False)
-    console.print(f"report:  {folder.report}", highlight=False, soft_wrap=True)
+    if report:
+        console.print(f"report:  {folder.report}", highlight=False, soft_wrap=True)
     console.print(f"results: {folder.results}", highlight=False, soft_wrap=True)
-    return RunResult(config, tuple(scores), selection, folder.results, folder.report, summary)
+    written = folder.report if report else None
+    return RunResult(config, tuple(scores), selection, folder.results, written, summary)
 
 
 def open_source(config: TrainConfig) -> ImageSource:
