@@ -31,11 +31,13 @@ void for_each_task(int64_t n, int64_t work, const Fn& fn) {
     return;
   }
   std::atomic<int64_t> next{0};
+  // Relaxed: the counter shares out numbers and orders nothing else; the end of parallel_for does.
+  const auto take = [&next] { return next.fetch_add(1, std::memory_order_relaxed); };
   std::atomic<bool> failed{false};
   std::exception_ptr failure;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t task = next++; task < n && !failed; task = next++) {
+      for (int64_t task = take(); task < n && !failed.load(std::memory_order_relaxed); task = take()) {
         try {
           fn(task, worker);
         } catch (...) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <latch>
 #include <thread>
 #include <vector>
 
@@ -34,10 +35,13 @@ extern "C" AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t
     return AOTI_TORCH_SUCCESS;
   }
   const int64_t share = (end - begin + most - 1) / most;
+  // All start at the same moment: tasks that take no time overlap too.
+  std::latch start((end - begin + share - 1) / share);
   std::vector<std::thread> threads;
   for (int64_t from = begin; from < end; from += share) {
-    threads.emplace_back([=] {
+    threads.emplace_back([=, &start] {
       inside = true;
+      start.arrive_and_wait();
       function(from, std::min(end, from + share), context);
     });
   }
