@@ -61,20 +61,27 @@ def restore_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+_SECTIONS = ("CUDA kernels", "Hardening")
+
+
 class _Summary:
     """Lines that tests have for the end of the output, also where other processes run them."""
 
     def __init__(self) -> None:
-        self.lines: list[str] = []
+        self.lines: dict[str, list[str]] = {name: [] for name in _SECTIONS}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call":
-            self.lines += [line for name, line in report.user_properties if name == "CUDA kernels"]
+        if report.when != "call":
+            return
+        for name, line in report.user_properties:
+            if name in self.lines:
+                self.lines[name].append(str(line))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if self.lines:
-            terminalreporter.section("CUDA kernels")
-            for line in self.lines:
+        for name, lines in self.lines.items():
+            if lines:
+                terminalreporter.section(name)
+            for line in lines:
                 terminalreporter.write_line(line)
 
 

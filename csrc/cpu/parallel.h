@@ -20,18 +20,24 @@ namespace dse::cpu {
 // waking a thread costs microseconds on an idle machine and a time slice on a busy one.
 template <typename Fn>
 void for_each_task(int64_t n, int64_t work, const Fn& fn) {
+#ifdef DSE_THREADS_ALWAYS
+  constexpr int64_t kWorthThreads = 0;  // builds that look for races: threads at every size
+#else
   constexpr int64_t kWorthThreads = 1 << 20;
+#endif
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), n);
   if (work < kWorthThreads || workers < 2) {
     for (int64_t task = 0; task < n; ++task) fn(task, int64_t{0});
     return;
   }
   std::atomic<int64_t> next{0};
+  // Relaxed: the counter shares out numbers and orders nothing else; the end of parallel_for does.
+  const auto take = [&next] { return next.fetch_add(1, std::memory_order_relaxed); };
   std::atomic<bool> failed{false};
   std::exception_ptr failure;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t task = next++; task < n && !failed; task = next++) {
+      for (int64_t task = take(); task < n && !failed.load(std::memory_order_relaxed); task = take()) {
         try {
           fn(task, worker);
         } catch (...) {
@@ -73,6 +79,15 @@ class Buffer {
   ~Buffer() { std::free(data_); }
 
   T* reserve(int64_t n) {
+#ifdef __SANITIZE_ADDRESS__
+    // Of exactly this size, and new each time: overruns and pointers from before are seen.
+    std::free(data_);
+    data_ = nullptr;
+    if (posix_memalign(reinterpret_cast<void**>(&data_), 64, static_cast<size_t>(n) * sizeof(T)) != 0) {
+      throw std::bad_alloc();
+    }
+    capacity_ = n;
+#endif
     if (n > capacity_) {
       std::free(data_);
       const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;

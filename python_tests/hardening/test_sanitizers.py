@@ -1,0 +1,67 @@
+"""Random calls of the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+
+``DSE_EXT_FUZZ_SECONDS`` and ``DSE_EXT_FUZZ_SEED`` ask for a longer run and for other cases.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import sanitized
+
+SECONDS = float(os.environ.get("DSE_EXT_FUZZ_SECONDS", "20"))
+SEED = int(os.environ.get("DSE_EXT_FUZZ_SEED", "0"))
+NAMES = {"address": "ASan + UBSan", "thread": "TSan"}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sanitized.compiler() is None, reason="needs g++, which is not here"),
+]
+
+
+@functools.cache
+def program(kind: str) -> Path:
+    return sanitized.build(kind, sanitized.ROOT / "build" / "hardening" / kind)
+
+
+def run(kind: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        sanitized.command(program(kind), *arguments),
+        capture_output=True,
+        text=True,
+        env=sanitized.environment(kind),
+        timeout=SECONDS + 300,
+    )
+
+
+@pytest.mark.parametrize(("kind", "share"), [("address", 1.0), ("thread", 0.4)])
+def test_random_calls_are_right_and_clean(
+    kind: str, share: float, request: pytest.FixtureRequest
+) -> None:
+    done = run(kind, "--seconds", SECONDS * share, "--seed", SEED)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-6000:]
+    counted = re.search(r"(\d+) cases in ([\d.]+) seconds, 0 failed", output)
+    assert counted, output[-6000:]
+    assert int(counted.group(1)) > 20
+    line = f"{NAMES[kind]}: {counted.group(1)} random calls in {counted.group(2)} s, 0 failed"
+    request.node.user_properties.append(("Hardening", f"{line}, no reports (seed {SEED})"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "report"),
+    [
+        ("address", "overrun", "heap-buffer-overflow"),
+        ("address", "overflow", "signed integer overflow"),
+        ("thread", "race", "data race"),
+    ],
+)
+def test_a_planted_fault_is_reported(kind: str, fault: str, report: str) -> None:
+    done = run(kind, "--plant", fault)
+    assert done.returncode != 0
+    assert report in done.stdout + done.stderr
