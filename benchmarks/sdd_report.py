@@ -195,8 +195,8 @@ def facts(report: Mapping[str, Any]) -> str:
         f"fitted to {training['probe_images']} scenes and measured on {training['heldout_images']} "
         f"others; DSE and the baselines are of {scoring['images']} scenes, LiDAR of "
         f"{scoring['lidar_images']} × {scoring['lidar_views']} views. {machine['cpu']}, "
-        f"{machine['cores']} cores, threads used: {machine['threads']}, torch {machine['torch']}, timm "
-        f"{machine['timm']}, lightly {machine['lightly']}, dse-ext {machine['dse_ext']}."
+        f"{machine['cores']} cores, threads used: {machine['threads']}, torch {machine['torch']}, "
+        f"timm {machine['timm']}, lightly {machine['lightly']}, dse-ext {machine['dse_ext']}."
     )
 
 

@@ -22,8 +22,8 @@ OPTIONS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread", "-DDSE_THREADS_ALWAYS"],
 }
-# Memory is filled with bytes that are NaN as numbers and absurd as indices: what is read before it is
-# written does not stay unseen. torch keeps some memory until the end of the process.
+# Memory is filled with bytes that are NaN as numbers and absurd as indices: what is read before it
+# is written does not stay unseen. torch keeps some memory until the end of the process.
 ENVIRONMENT = {
     "address": {
         "ASAN_OPTIONS": "detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255",
@@ -44,9 +44,22 @@ def build(kind: str, folder: Path) -> Path:
     Index arithmetic is int64 throughout: a conversion that could narrow it is an error.
     """
     libraries = Path(torch.__file__).parent
-    common = [compiler() or "g++", "-std=c++20", "-O1", "-g1", "-fvisibility=hidden", *OPTIONS[kind]]
+    common = [
+        compiler() or "g++",
+        "-std=c++20",
+        "-O1",
+        "-g1",
+        "-fvisibility=hidden",
+        *OPTIONS[kind],
+    ]
     common += ["-Wall", "-Wextra", "-Wconversion", "-Werror", "-Wno-psabi", "-Wno-tsan"]
-    common += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-I", str(ROOT / "csrc"), "-I", str(HERE)]
+    common += [
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-I",
+        str(ROOT / "csrc"),
+        "-I",
+        str(HERE),
+    ]
     common += ["-isystem", str(libraries / "include")]
     units = [p for p in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if p.name != "registration.cpp"]
     units += sorted(HERE.glob("*.cpp"))
@@ -70,7 +83,13 @@ def build(kind: str, folder: Path) -> Path:
         objects = list(pool.map(compiled, units))
     program = folder / "fuzz"
     link = [*common[:5], *OPTIONS[kind], *objects, "-o", str(program)]
-    link += ["-L", str(libraries / "lib"), f"-Wl,-rpath,{libraries / 'lib'}", "-ltorch_cpu", "-lc10"]
+    link += [
+        "-L",
+        str(libraries / "lib"),
+        f"-Wl,-rpath,{libraries / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
     done = subprocess.run(link, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(link)}\n{done.stderr}")

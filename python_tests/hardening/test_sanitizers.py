@@ -1,4 +1,4 @@
-"""Random calls of the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+"""Random calls of the CPU kernels under Address-, UndefinedBehavior- and ThreadSanitizer.
 
 ``DSE_EXT_FUZZ_SECONDS`` and ``DSE_EXT_FUZZ_SEED`` ask for a longer run and for other cases.
 """
