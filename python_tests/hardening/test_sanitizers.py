@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import sanitized
 
-SECONDS = float(os.environ.get("DSE_EXT_FUZZ_SECONDS", "20"))
+SECONDS = float(os.environ.get("DSE_EXT_FUZZ_SECONDS", "18"))
 SEED = int(os.environ.get("DSE_EXT_FUZZ_SEED", "0"))
 NAMES = {"address": "ASan + UBSan", "thread": "TSan"}
 
