@@ -9,6 +9,10 @@ ABI_VENV ?= .venv-abi
 PYTEST_ARGS ?=
 # Processes that share the tests, file by file; empty: one, with all the cores. Each gets one torch thread.
 TEST_WORKERS ?=
+# Of make fuzz; SANITIZER is address (with undefined behaviour) or thread.
+SECONDS ?= 600
+SANITIZER ?= address
+FUZZ_SEED ?= 0
 DEMO_ARGS ?= --preset demo --out runs/demo
 BENCH_ARGS ?=
 BENCH_OUT ?= benchmarks/results/latest.json
@@ -30,12 +34,12 @@ PIP_INSTALL := -m pip install --no-compile --progress-bar off
 ABI_PY := $(ABI_VENV)/bin/python
 BUILD_REQUIREMENTS := setuptools ninja pybind11 numpy torch
 NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
-FORMATTED_CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED_CPP = $(shell find csrc python_tests/hardening -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTHON_CODE := .
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench lint format docs wheel test-wheel gpu-check test-abi clean distclean
+.PHONY: help build demo test fuzz bench lint format docs wheel test-wheel gpu-check test-abi clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +73,9 @@ demo: build ## train, score and select on embedded photographs; writes runs/demo
 
 test: build ## run the tests
 	@$(PY) -m pytest python_tests $(if $(TEST_WORKERS),-n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder) $(PYTEST_ARGS)
+
+fuzz: build ## random calls of the CPU kernels under sanitizers; SECONDS=600 SANITIZER=address|thread FUZZ_SEED=1
+	@$(PY) python_tests/hardening/sanitized.py $(SANITIZER) --seconds $(SECONDS) --seed $(FUZZ_SEED)
 
 bench: build ## time it against lightly and plain PyTorch; prints a table of ratios
 	@mkdir -p $(dir $(BENCH_OUT))

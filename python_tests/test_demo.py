@@ -16,7 +16,7 @@ from dse_ext.ssl import PRESETS, TrainConfig
 
 def test_demo_keeps_eight_to_twelve_checkpoints_and_regularizes_as_the_paper_does():
     demo = TrainConfig(**PRESETS["demo"])
-    assert 8 <= demo.checkpoints <= 12
+    assert 8 <= len(demo.checkpoint_steps()) - 1 <= 12
     assert demo.dse_weight == 0.001
     assert (demo.local_clusters, demo.global_clusters) == (3, 24)
     assert demo.data == "texture-scenes"

@@ -1,6 +1,7 @@
 #include "cpu/lazy_zeros.h"
 
 #include <cstddef>
+#include <cstdlib>
 #include <new>
 
 #include <sys/mman.h>
@@ -20,11 +21,19 @@ torch::stable::Tensor lazy_zeros(const std::vector<int64_t>& shape, torch::heade
   }
   if (count == 0) return torch::stable::empty({shape.data(), shape.size()}, type, std::nullopt, device);
   const auto bytes = static_cast<size_t>(count * item);
+#ifdef __SANITIZE_ADDRESS__
+  // The heap's memory has watched ends; pages have not.
+  void* data = std::calloc(1, bytes);
+  if (data == nullptr) throw std::bad_alloc();
+  return torch::stable::from_blob(data, {shape.data(), shape.size()}, {strides.data(), strides.size()}, device,
+                                  type, [](void* memory) { std::free(memory); });
+#else
   // Anonymous pages read as zero, and none exists before it is written.
   void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) throw std::bad_alloc();
   return torch::stable::from_blob(data, {shape.data(), shape.size()}, {strides.data(), strides.size()}, device,
                                   type, [bytes](void* pages) { munmap(pages, bytes); });
+#endif
 }
 
 }  // namespace dse::cpu
