@@ -74,7 +74,7 @@ def test_ends_of_the_range(
     elif largest <= min(span.max, result.max / 256):
         assert_gradient(ours.gradient, expected.gradient, limit.gradient)
     else:
-        # At the end of the range, where intermediate sums overflow, a gradient is right or not finite: never
+        # At the end of the range, where sums overflow, a gradient is right or not finite: never
         # a plausible number that is wrong.
         right = (gradient - expected.gradient).abs() <= limit.gradient * largest
         assert bool((right | ~gradient.isfinite()).all())

@@ -1,6 +1,6 @@
 """Offsets and sizes beyond 2**31 elements.
 
-Strides of gigabytes over pages of which only the touched ones exist, and expanded tensors, which need
+Strides of gigabytes over pages of which only the touched exist, and expanded tensors, which need
 no memory for their elements.
 """
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reserves memory
 
 
 def sparse(values: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """``values`` with these strides, in memory that is reserved but not there until it is touched."""
+    """``values`` with these strides, in memory that is not there until it is touched."""
     extent = 1 + sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True))
     size = extent * values.element_size()
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)

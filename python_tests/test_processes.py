@@ -1,4 +1,4 @@
-"""The operators in forked processes, DataLoader workers, several Python threads and torch's modes."""
+"""The operators in forked processes, DataLoader workers, Python threads and torch's modes."""
 
 from __future__ import annotations
 
@@ -68,13 +68,14 @@ def test_dataloader_workers(start: str, restore_threads: None) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_with_one_thread(restore_threads: None) -> None:
     torch.set_num_threads(2)
-    z = images(1)[0]
+    z = clustered(16, 196, 64).float()  # several threads have work
     expected = everything(z)
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            # As DataLoader's workers do: OpenMP's threads did not come along.
+            # As DataLoader's workers do: OpenMP's threads did not come along, and torch waits for
+            # them.
             torch.set_num_threads(1)
             assert_same_bits(everything(z), expected)
             status = 0
