@@ -75,7 +75,8 @@ void check_gradient(const Tensor& grad, const Features& z, double expected, bool
   for (int64_t i = 0; i < count; ++i) {
     const double g = scalar(grad, i);
     if (!z.finite) continue;
-    // Gradients go with 1 / scale and 1 / avg_norm: those of small or nearly equal features leave float16's range.
+    // Gradients go with 1 / scale and 1 / avg_norm: those of small or nearly equal features leave float16's
+    // range.
     const bool overflow = std::isinf(g) && z.array.type == ScalarType::Half;
     require(std::isfinite(g) || overflow || !z.moderate(), what, " is not finite for finite features");
     check_value = check_value && !overflow;
