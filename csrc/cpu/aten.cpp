@@ -74,22 +74,6 @@ void copy_vector(const Tensor& t, double* dst) {
   for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<double>(src[i * stride]);
 }
 
-template <typename S>
-void eigen(const S* g, int64_t n, int64_t ld, double* values, double* vectors) {
-  const SerialMath serial;
-  const Tensor matrix = wrap(g, n, n, ld, 1, sizeof(S) == 8 ? ScalarType::Double : ScalarType::Float);
-  std::array<StableIValue, 2> stack{from(matrix), from(std::string("U"))};
-  const char* name = vectors == nullptr ? "aten::linalg_eigvalsh" : "aten::linalg_eigh";
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  copy_vector<S>(to<Tensor>(stack[0]), values);
-  if (vectors == nullptr) return;
-  const Tensor columns = to<Tensor>(stack[1]);
-  const auto* src = static_cast<const S*>(columns.const_data_ptr());
-  const int64_t rs = columns.stride(0), cs = columns.stride(1);
-  for (int64_t v = 0; v < n; ++v)
-    for (int64_t i = 0; i < n; ++i) vectors[v * n + i] = static_cast<double>(src[i * rs + v * cs]);
-}
-
 }  // namespace
 
 void matmul(const float*, const Matrix& a, const Matrix& b, float* out, int64_t ldo) {
@@ -98,14 +82,6 @@ void matmul(const float*, const Matrix& a, const Matrix& b, float* out, int64_t 
 
 void matmul(const double*, const Matrix& a, const Matrix& b, double* out, int64_t ldo) {
   matmul_out(a, b, out, ldo, ScalarType::Double);
-}
-
-void symmetric_eigen(const double* g, int64_t n, int64_t ld, double* values, double* vectors) {
-  eigen(g, n, ld, values, vectors);
-}
-
-void symmetric_eigen(const float* g, int64_t n, int64_t ld, double* values, double* vectors) {
-  eigen(g, n, ld, values, vectors);
 }
 
 bool is_positive_definite(const float* g, int64_t n, int64_t ld) {

@@ -19,12 +19,6 @@ struct Matrix {
 void matmul(const float* /*type tag*/, const Matrix& a, const Matrix& b, float* out, int64_t ldo);
 void matmul(const double* /*type tag*/, const Matrix& a, const Matrix& b, double* out, int64_t ldo);
 
-// Eigenvalues (ascending) and eigenvectors of a symmetric matrix of which the upper triangle is given.
-// Eigenvector i is vectors[i * n + 0 .. n). Without `vectors` only the values are computed.
-void symmetric_eigen(const double* g, int64_t n, int64_t ld, double* values, double* vectors);
-// The same in float32 arithmetic: eigenvalues to about 1e-7 of the largest.
-void symmetric_eigen(const float* g, int64_t n, int64_t ld, double* values, double* vectors);
-
 // Whether a symmetric matrix is positive definite as far as a float32 Cholesky factorization can tell.
 bool is_positive_definite(const float* g, int64_t n, int64_t ld);
 

@@ -17,14 +17,14 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
     const int64_t side = std::min(item.n, x.dim);
     work += item.n * x.dim * side + 8 * side * side * side;
   }
-  for_each_task(first + (total + kEigenLanes - 1) / kEigenLanes, work, [&](int64_t task, int64_t worker) {
+  for_each_task(first + (total + kLanes - 1) / kLanes, work, [&](int64_t task, int64_t worker) {
     if (task < first) {
       beside();
       return;
     }
-    const int64_t begin = (task - first) * kEigenLanes, count = std::min(total - begin, kEigenLanes);
-    RowSet sets[kEigenLanes];
-    SpectralTarget<T> targets[kEigenLanes];
+    const int64_t begin = (task - first) * kLanes, count = std::min(total - begin, kLanes);
+    RowSet sets[kLanes];
+    SpectralTarget<T> targets[kLanes];
     for (int64_t i = 0; i < count; ++i) {
       const ClusterItem<T>& item = items[static_cast<size_t>(begin + i)];
       sets[i] = {&x, item.rows, 0, item.n, true};

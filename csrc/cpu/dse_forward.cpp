@@ -238,12 +238,12 @@ class Forward {
     nuclear_norms(x_, items, beside);
   }
 
-  // Effective rank of all rows, around the clusters' nuclear norms: one thread decomposes the large Gram matrix
+  // Effective rank of all rows, around the clusters' nuclear norms: one thread reduces the large Gram matrix
   // while the others go through the clusters.
   double rank_and_radii() {
     StreamedRank rank;
     rank.measure({&x_, nullptr, 0, p_.rows(), false}, kExact);
-    measure_clusters([&] { rank.decompose(save_); });
+    measure_clusters([&] { rank.decompose(); });
     bool steep = false;
     const double value = rank.finish(kExact, save_ ? matrices() : nullptr, &steep);
     int_[index_.steep()] = steep ? 1 : 0;

@@ -1,6 +1,8 @@
 // Every matrix goes through the float64 Gram matrix of its smaller side: exact enough for singular values above
-// about 1e-7 of the largest. Where a gradient (or a float64 result) needs smaller ones, and the spectrum has
-// them, the matrix is decomposed again by a singular value decomposition of a triangular factor.
+// about 1e-7 of the largest. It is reduced to tridiagonal form, whose eigenvalues are the squares of the singular
+// values; the gradient's matrix is a function of it (tridiagonal.h). Where a gradient (or a float64 result) needs
+// smaller singular values, and the spectrum has them, the matrix itself is decomposed by a singular value
+// decomposition of a triangular factor.
 
 #include "cpu/spectrum.h"
 
@@ -264,32 +266,6 @@ double row_gram(const RowSet& set, double* gram) {
 // Smallest eigenvalue, in units of the mean one, above which the float32 products of column_gram change the
 // gradient by less than 3e-4.
 constexpr double kNarrowGramFloor = 5e-4;
-// Condition number up to which float32 eigenvectors do the same.
-constexpr double kNarrowEigenCondition = 2000.0;
-
-// Largest eigenvalue of a symmetric positive semidefinite matrix, from below, by a few power iterations.
-double largest_eigenvalue(const double* gram, int64_t m, int64_t ld) {
-  constexpr int kIterations = 6;
-  Buffer<double> work(2 * m);
-  double* v = work.data();
-  double* w = v + m;
-  // The row of the largest diagonal entry: it leans towards the dominant eigenvector.
-  int64_t start = 0;
-  for (int64_t i = 1; i < m; ++i)
-    if (gram[i * ld + i] > gram[start * ld + start]) start = i;
-  std::copy_n(gram + start * ld, m, v);
-  double value = 0.0;
-  for (int iteration = 0; iteration < kIterations; ++iteration) {
-    const double norm = std::sqrt(sum_of_squares(v, m));
-    if (!(norm > 0.0)) return 0.0;
-    for (int64_t i = 0; i < m; ++i) v[i] /= norm;
-    for (int64_t i = 0; i < m; ++i) w[i] = dot(gram + i * ld, v, m);
-    value = dot(v, w, m);
-    std::swap(v, w);
-  }
-  return value;
-}
-
 // Whether the matrix minus shift * identity is positive definite, in float32.
 bool exceeds(const double* gram, int64_t m, int64_t ld, double shift, float* work) {
   for (int64_t i = 0; i < m; ++i)
@@ -307,9 +283,9 @@ struct Spectrum {
   int64_t m = 0, null = 0;  // side of the Gram matrix; eigenvalues known to be zero
   double floor = 0.0;       // singular values below are rounding
   bool finite = true;
+  bool converged = true;
   double* gram = nullptr;
   double* values = nullptr;
-  double* vectors = nullptr;
 };
 
 void fill_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
@@ -338,31 +314,92 @@ void fill_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
   s.finite = std::isfinite(trace);
 }
 
-void decompose(Spectrum* spectra, int64_t count, bool want_vectors, SpectralWorkspace& ws) {
-  const double* matrices[kEigenLanes];
-  double* values[kEigenLanes];
-  double* vectors[kEigenLanes];
-  int64_t side[kEigenLanes], ld[kEigenLanes], used = 0;
+// Eigenvalues of the Gram matrices, which are destroyed.
+void decompose(Spectrum* spectra, int64_t count, SpectralWorkspace& ws) {
+  const double* matrices[kLanes];
+  const double* couplings[kLanes];
+  double* values[kLanes];
+  int64_t side[kLanes], ld[kLanes], used = 0;
+  Spectrum* chosen[kLanes];
+  const auto choose = [&](Spectrum& s) {
+    chosen[used] = &s;
+    values[used] = s.values;
+    side[used] = s.m;
+    ++used;
+  };
+  const auto report = [&](bool converged) {
+    for (int64_t i = 0; i < used; ++i) chosen[i]->converged = converged;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    Spectrum& s = spectra[i];
+    if (!s.finite || s.m > kLanesMaxSide) continue;
+    matrices[used] = s.gram;
+    ld[used] = gram_ld(s.m);
+    choose(s);
+  }
+  if (used > 0) report(ws.small.reduce(used, matrices, side, ld, values));
+  used = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    Spectrum& s = spectra[i];
+    if (!s.finite || s.m <= kLanesMaxSide) continue;
+    ws.large[i].reduce(s.gram, s.m, gram_ld(s.m));
+    matrices[used] = ws.large[i].diagonal();
+    couplings[used] = ws.large[i].couplings();
+    choose(s);
+  }
+  if (used == 0) return;
+  report(tridiagonal_eigenvalues(used, matrices, couplings, side, values, ws.values));
   for (int64_t i = 0; i < count; ++i) {
     const Spectrum& s = spectra[i];
-    if (!s.finite) continue;
-    if (s.m > kEigenLanesMaxSide) {
-      symmetric_eigen(s.gram, s.m, gram_ld(s.m), s.values, s.vectors);
-      continue;
-    }
-    matrices[used] = s.gram;
-    values[used] = s.values;
-    vectors[used] = s.vectors;
-    side[used] = s.m;
+    if (!s.finite || s.m <= kLanesMaxSide) continue;
+    const double inverse = 1.0 / ws.large[i].scale();
+    for (int64_t j = 0; j < s.m; ++j) s.values[j] *= inverse;
+  }
+}
+
+// Error of the sums of inverses, relative to each singular value's share of the gradient.
+template <typename T>
+constexpr double function_error() {
+  return sizeof(T) == 8 ? 1e-11 : 3e-6;
+}
+
+// V diag(w / s) V^T as a function of the Gram matrix, w the weights of spectral_value_and_weights.
+ShiftedInverses gradient_function(SpectralKind kind, const double* values, int64_t m, int64_t null, double value,
+                                  const double* sigma, double error) {
+  const double smallest = values[null], largest = values[m - 1];
+  if (kind == SpectralKind::kNuclearNorm) return inverse_square_root(smallest, largest, error);
+  double sum = 0.0;
+  for (int64_t i = 0; i < m; ++i) sum += sigma[i];
+  // w = -(F / S) (log s - log S + log F), log s = log(lambda) / 2.
+  const double unit = -value / sum;
+  return inverse_square_root_with_log(smallest, largest, unit * (std::log(value) - std::log(sum)), 0.5 * unit,
+                                      error);
+}
+
+// Functions of the Gram matrices that are `wanted`, into the memory of those.
+void apply_functions(const RowSet* sets, const Spectrum* spectra, const ShiftedInverses* functions,
+                     const bool* wanted, int64_t count, SpectralWorkspace& ws) {
+  const ShiftedInverses* chosen[kLanes];
+  double* out[kLanes];
+  int64_t ld[kLanes], used = 0;
+  for (int64_t i = 0; i < count; ++i) {  // in the order of reduce()
+    const Spectrum& s = spectra[i];
+    if (!s.finite || s.m > kLanesMaxSide) continue;
+    chosen[used] = wanted[i] ? &functions[i] : nullptr;
+    out[used] = s.gram;
     ld[used] = gram_ld(s.m);
     ++used;
   }
-  if (used == 0 ||
-      symmetric_eigen_lanes(used, matrices, side, ld, values, want_vectors ? vectors : nullptr, ws.eigen)) {
-    return;
-  }
-  for (int64_t i = 0; i < used; ++i) {
-    symmetric_eigen(matrices[i], side[i], ld[i], values[i], want_vectors ? vectors[i] : nullptr);
+  if (used > 0) ws.small.apply(chosen, out, ld);
+  for (int64_t i = 0; i < count; ++i) {
+    const Spectrum& s = spectra[i];
+    if (!wanted[i]) continue;
+    if (s.m > kLanesMaxSide) ws.large[i].apply(functions[i], s.gram);
+    if (!sets[i].center || sets[i].n > sets[i].x->dim) continue;
+    // Centred rows sum to zero: their vector of ones takes no part.
+    const double ones = functions[i].at_zero() / static_cast<double>(s.m);
+    for (int64_t r = 0; r < s.m; ++r)
+      for (int64_t c = 0; c < s.m; ++c) s.gram[r * gram_ld(s.m) + c] -= ones;
   }
 }
 
@@ -396,7 +433,7 @@ void exact_spectral_function(const RowSet& set, SpectralKind kind, const Spectru
   std::fill(sigma + m - s.null, sigma + m, 0.0);
   cut_noise(sigma, m, n, d, s.floor);
   const double value = spectral_value_and_weights(kind, sigma, m, weight);
-  if (sizeof(T) == 8) target.value = value;
+  if (sizeof(T) == 8 || !s.converged) target.value = value;
   if (target.slot == nullptr) return;
   if (rows_side) {
     for (int64_t i = 0; i < n; ++i)
@@ -416,18 +453,18 @@ void exact_spectral_function(const RowSet& set, SpectralKind kind, const Spectru
 template <typename T>
 void spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, SpectralTarget<T>* targets,
                         SpectralWorkspace& ws) {
-  Spectrum spectra[kEigenLanes];
-  bool want_vectors = false;
-  for (int64_t i = 0; i < count; ++i) want_vectors = want_vectors || targets[i].slot != nullptr;
+  Spectrum spectra[kLanes];
   for (int64_t i = 0; i < count; ++i) {
     Spectrum& s = spectra[i];
     s.m = std::min(sets[i].n, sets[i].x->dim);
     s.gram = ws.gram[i].reserve(s.m * gram_ld(s.m));
     s.values = ws.spectrum[i].reserve(3 * s.m);
-    s.vectors = want_vectors ? ws.vectors[i].reserve(s.m * s.m) : nullptr;
     fill_gram(sets[i], s, ws);
   }
-  decompose(spectra, count, want_vectors, ws);
+  decompose(spectra, count, ws);
+
+  ShiftedInverses functions[kLanes];
+  bool wanted[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) {
     const Spectrum& s = spectra[i];
     SpectralTarget<T>& target = targets[i];
@@ -438,19 +475,30 @@ void spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, Sp
     }
     double* sigma = s.values + s.m;
     double* weight = sigma + s.m;
-    eigenvalues_to_sigma(s.values, s.m, s.null, s.floor, sigma);
-    target.value = spectral_value_and_weights(kind, sigma, s.m, weight);
-    if ((target.slot != nullptr || sizeof(T) == 8) &&
-        is_steep(s.values, s.m, s.null, s.floor, steep_ratio<T>())) {
+    if (s.converged) {
+      eigenvalues_to_sigma(s.values, s.m, s.null, s.floor, sigma);
+      target.value = spectral_value_and_weights(kind, sigma, s.m, weight);
+      const bool zero = sigma[s.m - 1] == 0.0;
+      if (target.slot != nullptr && zero) {
+        std::fill_n(target.slot, s.m * s.m, T(0));
+        target.form = SavedForm::kGramSide;
+      }
+      if (zero || (target.slot == nullptr && sizeof(T) != 8)) continue;
+    }
+    if (!s.converged || is_steep(s.values, s.m, s.null, s.floor, steep_ratio<T>()) || sigma[s.null] == 0.0) {
       exact_spectral_function(sets[i], kind, s, sigma, weight, target, ws);
       continue;
     }
     if (target.slot == nullptr) continue;
-    for (int64_t j = 0; j < s.m; ++j) weight[j] = sigma[j] > 0.0 ? weight[j] / sigma[j] : 0.0;
-    const int64_t ldg = gram_ld(s.m);
-    weighted_projector(s.vectors, weight, s.m, ws, s.gram, ldg);
-    store_matrix(s.gram, s.m, s.m, ldg, target.slot);
-    target.form = SavedForm::kGramSide;
+    functions[i] = gradient_function(kind, s.values, s.m, s.null, target.value, sigma, function_error<T>());
+    wanted[i] = true;
+  }
+  apply_functions(sets, spectra, functions, wanted, count, ws);
+  for (int64_t i = 0; i < count; ++i) {
+    if (!wanted[i]) continue;
+    const Spectrum& s = spectra[i];
+    store_matrix(s.gram, s.m, s.m, gram_ld(s.m), targets[i].slot);
+    targets[i].form = SavedForm::kGramSide;
   }
 }
 
@@ -462,50 +510,50 @@ template void spectral_functions<double>(const RowSet*, int64_t, SpectralKind, S
 void StreamedRank::measure(const RowSet& set, bool exact) {
   set_ = set;
   m_ = std::min(set.n, set.x->dim);
-  narrow_ = false;
   const int64_t ldg = stream_ld(m_);
   double* gram = ws_.gram[0].reserve(m_ * ldg);
   const bool columns = set.n > set.x->dim;
   // Unit rows only: their squares cannot leave float32's range. Small matrices cost nothing either way.
-  bool narrow =
-      !exact && columns && set.x->unit_rows && set.x->dtype != DType::kFloat64 && m_ > kEigenLanesMaxSide;
+  bool narrow = !exact && columns && set.x->unit_rows && set.x->dtype != DType::kFloat64 && m_ > kLanesMaxSide;
   double magnitude = 0.0;
+  const auto trace = [&] {
+    double total = 0.0;
+    for (int64_t i = 0; i < m_; ++i) total += gram[i * ldg + i];
+    return total;
+  };
   if (narrow) {
     magnitude = column_gram<float>(set, gram);
     mirror_upper(gram, m_, ldg);
-    double trace = 0.0;
-    for (int64_t i = 0; i < m_; ++i) trace += gram[i * ldg + i];
-    float* work = narrow_gram_.reserve(m_ * m_);
-    narrow_ = exceeds(gram, m_, ldg, largest_eigenvalue(gram, m_, ldg) / kNarrowEigenCondition, work);
-    narrow = narrow_ || exceeds(gram, m_, ldg, kNarrowGramFloor * trace / static_cast<double>(m_), work);
+    Buffer<float> work(m_ * m_);
+    narrow = exceeds(gram, m_, ldg, kNarrowGramFloor * trace() / static_cast<double>(m_), work.data());
   }
   if (!narrow) magnitude = columns ? column_gram<double>(set, gram) : row_gram(set, gram);
   floor_ = noise_floor(magnitude, set.n);
   null_ = count_null(gram, m_, ldg, set.center && !columns);
   mirror_upper(gram, m_, ldg);
-  double trace = 0.0;
-  for (int64_t i = 0; i < m_; ++i) trace += gram[i * ldg + i];
-  finite_ = std::isfinite(trace);
+  finite_ = std::isfinite(trace());
 }
 
-void StreamedRank::decompose(bool want_gradient) {
+void StreamedRank::decompose() {
   if (!finite_) return;
   const int64_t ldg = stream_ld(m_);
-  const double* gram = ws_.gram[0].data();
+  double* gram = ws_.gram[0].data();
   double* values = ws_.spectrum[0].reserve(3 * m_);
-  double* vectors = want_gradient ? ws_.vectors[0].reserve(m_ * m_) : nullptr;
-  if (!narrow_) {
-    symmetric_eigen(gram, m_, ldg, values, vectors);
+  if (m_ <= kLanesMaxSide) {
+    const double* matrix = gram;
+    converged_ = ws_.small.reduce(1, &matrix, &m_, &ldg, &values);
     return;
   }
-  float* narrow = narrow_gram_.data();
-  for (int64_t i = 0; i < m_; ++i)
-    for (int64_t j = 0; j < m_; ++j) narrow[i * m_ + j] = static_cast<float>(gram[i * ldg + j]);
-  symmetric_eigen(narrow, m_, m_, values, vectors);
+  Tridiagonal& matrix = ws_.large[0];
+  matrix.reduce(gram, m_, ldg);
+  const double* diagonal = matrix.diagonal();
+  const double* couplings = matrix.couplings();
+  converged_ = tridiagonal_eigenvalues(1, &diagonal, &couplings, &m_, &values, ws_.values);
+  for (int64_t i = 0; i < m_; ++i) values[i] /= matrix.scale();
 }
 
 double StreamedRank::finish(bool exact, double* gradient, bool* steep) {
-  const int64_t d = set_.x->dim, n = set_.n, ldg = stream_ld(m_);
+  const int64_t ldg = stream_ld(m_);
   *steep = false;
   if (!finite_) {  // squares overflow: no number can be given
     const double nan = std::numeric_limits<double>::quiet_NaN();
@@ -515,35 +563,63 @@ double StreamedRank::finish(bool exact, double* gradient, bool* steep) {
   double* values = ws_.spectrum[0].data();
   double* sigma = values + m_;
   double* weight = sigma + m_;
-  const double* vectors = ws_.vectors[0].data();
-  eigenvalues_to_sigma(values, m_, null_, floor_, sigma);
-  double result = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m_, weight);
-  *steep = (gradient != nullptr || exact) &&
-           is_steep(values, m_, null_, floor_, exact ? steep_ratio<double>() : steep_ratio<float>());
-  if (*steep) {
-    double* r = ws_.factors.reserve(m_ * d + m_ * m_);
-    double* basis = r + m_ * d;  // left singular vectors (n <= d) or right ones, as rows
-    if (n <= d) {
-      Buffer<double> matrix(n * d), u(m_ * m_);
-      gather_rows(set_, matrix.data(), d);
-      thin_svd(matrix.data(), n, d, d, u.data(), sigma, nullptr);
-      for (int64_t i = 0; i < m_; ++i)
-        for (int64_t j = 0; j < m_; ++j) basis[j * m_ + i] = u[i * m_ + j];
-    } else {
-      streamed_triangle(set_, r);
-      thin_svd(r, d, d, d, nullptr, sigma, basis);
+  double* gram = ws_.gram[0].data();
+  double result = 0.0;
+  if (converged_) {
+    eigenvalues_to_sigma(values, m_, null_, floor_, sigma);
+    result = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m_, weight);
+    if (sigma[m_ - 1] == 0.0) {
+      if (gradient != nullptr) std::fill_n(gradient, m_ * m_, 0.0);
+      return result;
     }
-    std::fill(sigma + m_ - null_, sigma + m_, 0.0);
-    cut_noise(sigma, m_, n, d, floor_);
-    const double exact_value = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m_, weight);
-    if (exact) result = exact_value;
-    vectors = basis;
+    *steep = (gradient != nullptr || exact) &&
+             (is_steep(values, m_, null_, floor_, exact ? steep_ratio<double>() : steep_ratio<float>()) ||
+              sigma[null_] == 0.0);
+  }
+  if (*steep || !converged_) {
+    *steep = true;
+    const double value = finish_exactly(gradient);
+    return exact || !converged_ ? value : result;
   }
   if (gradient == nullptr) return result;
-  for (int64_t i = 0; i < m_; ++i) weight[i] = sigma[i] > 0.0 ? weight[i] / sigma[i] : 0.0;
-  weighted_projector(vectors, weight, m_, ws_, ws_.gram[0].data(), ldg);
-  store_matrix(ws_.gram[0].data(), m_, m_, ldg, gradient);
+  const ShiftedInverses function =
+      gradient_function(SpectralKind::kEffectiveRank, values, m_, null_, result, sigma,
+                        exact ? function_error<double>() : function_error<float>());
+  if (m_ <= kLanesMaxSide) {
+    const ShiftedInverses* functions = &function;
+    ws_.small.apply(&functions, &gram, &ldg);
+  } else {
+    ws_.large[0].apply(function, gram);
+  }
+  store_matrix(gram, m_, m_, ldg, gradient);
   return result;
+}
+
+// By a singular value decomposition of the matrix or of its triangular factor.
+double StreamedRank::finish_exactly(double* gradient) {
+  const int64_t d = set_.x->dim, n = set_.n, ldg = stream_ld(m_);
+  double* sigma = ws_.spectrum[0].data() + m_;
+  double* weight = sigma + m_;
+  double* r = ws_.factors.reserve(m_ * d + m_ * m_);
+  double* basis = r + m_ * d;  // left singular vectors (n <= d) or right ones, as rows
+  if (n <= d) {
+    Buffer<double> matrix(n * d), u(m_ * m_);
+    gather_rows(set_, matrix.data(), d);
+    thin_svd(matrix.data(), n, d, d, u.data(), sigma, nullptr);
+    for (int64_t i = 0; i < m_; ++i)
+      for (int64_t j = 0; j < m_; ++j) basis[j * m_ + i] = u[i * m_ + j];
+  } else {
+    streamed_triangle(set_, r);
+    thin_svd(r, d, d, d, nullptr, sigma, basis);
+  }
+  std::fill(sigma + m_ - null_, sigma + m_, 0.0);
+  cut_noise(sigma, m_, n, d, floor_);
+  const double value = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m_, weight);
+  if (gradient == nullptr) return value;
+  for (int64_t i = 0; i < m_; ++i) weight[i] = sigma[i] > 0.0 ? weight[i] / sigma[i] : 0.0;
+  weighted_projector(basis, weight, m_, ws_, ws_.gram[0].data(), ldg);
+  store_matrix(ws_.gram[0].data(), m_, m_, ldg, gradient);
+  return value;
 }
 
 }  // namespace dse::cpu

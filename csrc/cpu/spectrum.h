@@ -6,9 +6,10 @@
 
 #include "common/problem.h"
 #include "common/spectral.h"
-#include "cpu/eigen_lanes.h"
 #include "cpu/features.h"
 #include "cpu/parallel.h"
+#include "cpu/tridiagonal.h"
+#include "cpu/tridiagonal_lanes.h"
 
 namespace dse::cpu {
 
@@ -33,14 +34,15 @@ struct SpectralTarget {
 };
 
 struct SpectralWorkspace {
-  Buffer<double> matrix;                 // n x gram_ld(d), centred
-  Buffer<double> turned;                 // a block of features x gram_ld(n)
-  Buffer<double> gram[kEigenLanes];      // m x gram_ld(m)
-  Buffer<double> vectors[kEigenLanes];   // m x m
-  Buffer<double> spectrum[kEigenLanes];  // eigenvalues, singular values, weights
-  Buffer<double> scaled;                 // two operands of the weighted product
-  Buffer<double> factors;                // singular vectors, in the exact path
-  EigenLanesWorkspace eigen;
+  Buffer<double> matrix;            // n x gram_ld(d), centred
+  Buffer<double> turned;            // a block of features x gram_ld(n)
+  Buffer<double> gram[kLanes];      // m x gram_ld(m)
+  Buffer<double> spectrum[kLanes];  // eigenvalues, singular values, weights
+  Buffer<double> values;            // of the iteration for eigenvalues
+  Buffer<double> scaled;            // two operands of the weighted product
+  Buffer<double> factors;           // singular vectors, in the exact path
+  TridiagonalLanes small;           // sides up to kLanesMaxSide
+  Tridiagonal large[kLanes];        // and above
 };
 
 // Rows summed by one task of a reduction over n rows: fixed by n alone, so that the order of additions does not
@@ -54,24 +56,24 @@ void column_means(const RowSet& set, double* mean);
 // Returns the root mean square norm of the rows before centring.
 double gather_rows(const RowSet& set, double* out, int64_t ld);
 
-// Values and gradient matrices of one spectral function of up to kEigenLanes matrices, best of similar size.
+// Values and gradient matrices of one spectral function of up to kLanes matrices, best of similar size.
 template <typename T>
 void spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, SpectralTarget<T>* targets,
                         SpectralWorkspace& ws);
 
 // Effective rank of a matrix that is not held in memory, in three steps: the Gram matrix (all threads, one pass
-// over the rows), its eigendecomposition (one thread, LAPACK: the caller may have other work for the others),
-// and the value with the m x m float64 matrix of its gradient, m = min(n, d).
+// over the rows), its eigenvalues (one thread: the caller may have other work for the others), and the value with
+// the m x m float64 matrix of its gradient (all threads), m = min(n, d).
 //
 // Precision follows the spectrum. A Gram matrix with float32 products, summed over blocks of rows and then in
-// float64, has errors of about 2e-9 of its trace, and float32 eigenvectors are off by about 1e-7 times the
-// condition number; a float32 Cholesky factorization of the matrix minus a multiple of the identity tells
-// beforehand whether the smallest eigenvalue is far enough above that (docs/definitions.md).
+// float64, has errors of about 2e-9 of its trace; a float32 Cholesky factorization of the matrix minus a multiple
+// of the identity tells beforehand whether the smallest eigenvalue is far enough above that
+// (docs/definitions.md).
 class StreamedRank {
  public:
   // `exact`: float64 all the way.
   void measure(const RowSet& set, bool exact);
-  void decompose(bool want_gradient);
+  void decompose();
   // `exact`: the value needs full float64 accuracy. `gradient` may be null. `steep` receives whether products
   // with the gradient's matrix have to run in float64.
   double finish(bool exact, double* gradient, bool* steep);
@@ -79,17 +81,18 @@ class StreamedRank {
   // All three.
   double run(const RowSet& set, bool exact, double* gradient, bool* steep) {
     measure(set, exact);
-    decompose(gradient != nullptr);
+    decompose();
     return finish(exact, gradient, steep);
   }
 
  private:
+  double finish_exactly(double* gradient);
+
   RowSet set_;
   int64_t m_ = 0, null_ = 0;
   double floor_ = 0.0;
   bool finite_ = true;
-  bool narrow_ = false;  // float32 eigenvectors are accurate enough
-  Buffer<float> narrow_gram_;
+  bool converged_ = true;
   SpectralWorkspace ws_;
 };
 
