@@ -1,8 +1,12 @@
 // k-means in centred, scaled coordinates: subtracting a mean of the rows keeps the differences between
 // collapsing features, and dividing by their largest deviation keeps squares inside float32's range.
 //
-// Distances are compared as ||c||^2 / 2 - <x, c>: one register-blocked product of rows and centroids. Centroid
-// sums are kept in float64 and updated only for rows that changed cluster.
+// Most distances are never computed: the triangle inequality bounds them. Every row keeps an upper bound of the
+// distance to its own centroid and a lower one for each other (Elkan, "Using the triangle inequality to
+// accelerate k-means", ICML 2003); a centroid's step moves the bounds, and only centroids whose bounds overlap
+// are looked at. The seeding leaves the first bounds, and skips rows that the next centroid cannot attract (Raff
+// 2021). Bounds are widened by more than the rounding of a distance, so that labels are those of all distances.
+// Centroid sums are kept in float64 and updated only for rows that changed cluster.
 
 #include "cpu/kmeans.h"
 
@@ -16,7 +20,8 @@ namespace dse::cpu {
 namespace {
 
 constexpr int64_t kBlockRows = 64;
-constexpr int64_t kSlab = 64;  // columns of the centroid sums that one task updates
+constexpr int64_t kListed = 64;  // centroids that one row is compared with at a time
+constexpr int64_t kSlab = 64;    // columns of the centroid sums that one task updates
 
 int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
@@ -72,26 +77,52 @@ void load_points(const Features& x, int64_t first, int64_t n, KMeansWorkspace<T>
   });
 }
 
-// k-means++ (Arthur & Vassilvitskii 2007): every next centroid is a row drawn with probability proportional to
-// its squared distance from the nearest centroid so far.
+// More than the relative rounding of a distance between rows of ld elements, of which sixteenths are summed one
+// after the other at most.
 template <typename T>
-void seed_centroids(int64_t n, int64_t k, const RngStream& rng, KMeansWorkspace<T>& ws) {
+T distance_slack(int64_t ld) {
+  return std::numeric_limits<T>::epsilon() * static_cast<T>(8 + ld / 8);
+}
+
+// k-means++ (Arthur & Vassilvitskii 2007): every next centroid is a row drawn with probability proportional to
+// its squared distance from the nearest centroid so far. Leaves every row's label and bounds.
+template <typename T>
+void seed_centroids(int64_t n, int64_t k, const RngStream& rng, KMeansWorkspace<T>& ws, int64_t* labels) {
   const int64_t ld = ws.ld, blocks = blocks_of(n, kBlockRows);
   const T* points = ws.points.data();
   T* centroids = ws.centroids.data();
   T* nearest = ws.distance.reserve(n);
-  T* fresh = ws.scores.reserve(n);
+  T* lower = ws.lower.data();
+  T* upper = ws.upper.data();
+  T* apart = upper + n;  // distances of the newest centroid to the older ones
   std::fill(nearest, nearest + n, std::numeric_limits<T>::infinity());
   int64_t chosen = rng.below(0, n);
-  for (int64_t c = 0;; ++c) {
+  for (int64_t c = 0; c < k; ++c) {
     T* centroid = centroids + c * ld;
     std::copy_n(points + chosen * ld, ld, centroid);
-    if (c + 1 == k) return;
+    squared_distances(centroid, centroids, ld, nullptr, c, apart);
+    for (int64_t j = 0; j < c; ++j) apart[j] = std::sqrt(apart[j]) * (T(1) - ws.slack);
     for_each_task(blocks, n * ld, [&](int64_t b, int64_t) {
       const int64_t begin = b * kBlockRows, end = std::min(n, begin + kBlockRows);
-      squared_distances(points + begin * ld, end - begin, centroid, ld, fresh + begin);
-      for (int64_t i = begin; i < end; ++i) nearest[i] = std::min(nearest[i], fresh[i]);
+      int64_t rows[kBlockRows] = {}, count = 0;
+      T fresh[kBlockRows];
+      for (int64_t i = begin; i < end; ++i) {
+        const T gap = c > 0 ? apart[labels[i]] - upper[i] : T(0);  // no nearer than this
+        if (c > 0 && gap > upper[i]) lower[i * k + c] = gap;
+        else rows[count++] = i;
+      }
+      squared_distances(centroid, points, ld, rows, count, fresh);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t i = rows[r];
+        const T distance = std::sqrt(fresh[r]);
+        lower[i * k + c] = distance * (T(1) - ws.slack);
+        if (!(fresh[r] < nearest[i])) continue;
+        nearest[i] = fresh[r];
+        upper[i] = distance * (T(1) + ws.slack);
+        labels[i] = c;
+      }
     });
+    if (c + 1 == k) return;
     double total = 0.0;
     for (int64_t i = 0; i < n; ++i) total += static_cast<double>(nearest[i]);
     const auto draw = static_cast<uint32_t>(c + 1);
@@ -115,38 +146,54 @@ void seed_centroids(int64_t n, int64_t k, const RngStream& rng, KMeansWorkspace<
   }
 }
 
-// Nearest centroid of every row.
+// Nearest centroid of every row, the lowest index on ties.
 template <typename T>
 void assign(int64_t n, int64_t k, KMeansWorkspace<T>& ws, int64_t* labels) {
-  const int64_t ld = ws.ld, blocks = blocks_of(n, kBlockRows);
-  const T* points = ws.points.data();
-  const T* centroids = ws.centroids.data();
-  T* scores = ws.scores.reserve(blocks * kBlockRows * k + k);
-  T* half_norm = scores + blocks * kBlockRows * k;
-  for (int64_t c = 0; c < k; ++c) {
-    double total = 0.0;
-    for (int64_t f = 0; f < ld; ++f) {
-      const double value = static_cast<double>(centroids[c * ld + f]);
-      total += value * value;
-    }
-    half_norm[c] = static_cast<T>(0.5 * total);
-  }
-  for_each_task(blocks, n * k * ld, [&](int64_t b, int64_t) {
-    const int64_t begin = b * kBlockRows, end = std::min(n, begin + kBlockRows);
-    T* block = scores + begin * k;
-    row_dots(points + begin * ld, end - begin, centroids, k, ld, block, k);
-    for (int64_t i = begin; i < end; ++i) {
-      const T* s = block + (i - begin) * k;
-      int64_t best = 0;
-      T best_value = half_norm[0] - s[0];
-      for (int64_t c = 1; c < k; ++c) {
-        const T value = half_norm[c] - s[c];
-        if (value < best_value) {
-          best_value = value;
-          best = c;
+  const int64_t ld = ws.ld;
+  for_each_task(blocks_of(n, kBlockRows), n * k * 4, [&](int64_t b, int64_t) {
+    int64_t list[kListed];
+    T squares[kListed];
+    for (int64_t i = b * kBlockRows; i < std::min(n, (b + 1) * kBlockRows); ++i) {
+      T* lower = ws.lower.data() + i * k;
+      T& upper = ws.upper[i];
+      int64_t overlaps = 0;
+      for (int64_t c = 0; c < k; ++c) overlaps += lower[c] <= upper ? 1 : 0;
+      if (overlaps == 0 || (overlaps == 1 && lower[labels[i]] <= upper)) continue;
+      const T* row = ws.points.data() + i * ld;
+      int64_t best = labels[i];
+      T nearest;
+      squared_distances(row, ws.centroids.data(), ld, &best, 1, &nearest);
+      lower[best] = std::sqrt(nearest) * (T(1) - ws.slack);
+      upper = std::sqrt(nearest) * (T(1) + ws.slack);
+      const int64_t own = best;
+      for (int64_t c = 0; c < k;) {
+        int64_t count = 0;
+        for (; c < k && count < kListed; ++c)
+          if (c != own && lower[c] <= upper) list[count++] = c;
+        squared_distances(row, ws.centroids.data(), ld, list, count, squares);
+        for (int64_t r = 0; r < count; ++r) {
+          lower[list[r]] = std::sqrt(squares[r]) * (T(1) - ws.slack);
+          if (squares[r] > nearest || (squares[r] == nearest && list[r] > best)) continue;
+          nearest = squares[r];
+          best = list[r];
         }
       }
       labels[i] = best;
+      upper = std::sqrt(nearest) * (T(1) + ws.slack);
+    }
+  });
+}
+
+// Bounds after centroids have moved by step[c]; every addition may round the wrong way.
+template <typename T>
+void move_bounds(int64_t n, int64_t k, KMeansWorkspace<T>& ws, const int64_t* labels) {
+  constexpr T kEps = std::numeric_limits<T>::epsilon();
+  const T* step = ws.upper.data() + n;
+  for_each_task(blocks_of(n, kBlockRows), n * k, [&](int64_t b, int64_t) {
+    for (int64_t i = b * kBlockRows; i < std::min(n, (b + 1) * kBlockRows); ++i) {
+      T* lower = ws.lower.data() + i * k;
+      for (int64_t c = 0; c < k; ++c) lower[c] -= step[c] + std::abs(lower[c]) * kEps;
+      ws.upper[i] = (ws.upper[i] + step[labels[i]]) * (T(1) + kEps);
     }
   });
 }
@@ -180,7 +227,7 @@ T* own_distances(int64_t n, KMeansWorkspace<T>& ws, const int64_t* labels) {
   T* distance = ws.distance.reserve(n);
   for_each_task(blocks_of(n, kBlockRows), n * ld, [&](int64_t b, int64_t) {
     for (int64_t i = b * kBlockRows; i < std::min(n, (b + 1) * kBlockRows); ++i) {
-      squared_distances(ws.points.data() + i * ld, 1, ws.centroids.data() + labels[i] * ld, ld, distance + i);
+      squared_distances(ws.points.data() + i * ld, ws.centroids.data(), ld, labels + i, 1, distance + i);
     }
   });
   return distance;
@@ -197,14 +244,17 @@ double kmeans(const Features& x, int64_t first, int64_t n, int64_t k, const KMea
   const int64_t ld = ws.ld;
   load_points(x, first, n, ws);
   T* c = ws.centroids.reserve(k * ld);
-  seed_centroids(n, k, rng, ws);
+  T* step = ws.upper.reserve(n + k) + n;
+  ws.lower.reserve(n * k);
+  ws.slack = distance_slack<T>(ld);
+  seed_centroids(n, k, rng, ws, labels);
 
   double* sums = ws.sums.reserve_zeroed(k * ld);
   int64_t* previous = ws.previous.reserve(n);
   int64_t* counts = ws.counts.reserve_zeroed(k);
   std::fill(previous, previous + n, int64_t{-1});
   for (int64_t iteration = 0; iteration < options.max_iters; ++iteration) {
-    assign(n, k, ws, labels);
+    if (iteration > 0) assign(n, k, ws, labels);
     update_sums(n, ws, labels, previous);
     std::fill(counts, counts + k, int64_t{0});
     for (int64_t i = 0; i < n; ++i) ++counts[labels[i]];
@@ -220,17 +270,21 @@ double kmeans(const Features& x, int64_t first, int64_t n, int64_t k, const KMea
         *farthest = T(-1);
       }
       const double inverse = counts[j] > 0 ? 1.0 / static_cast<double>(counts[j]) : 0.0;
+      double moved = 0.0;
       for (int64_t f = 0; f < ld; ++f) {
         const T value = replacement != nullptr ? replacement[f] : static_cast<T>(sums[j * ld + f] * inverse);
-        const double step = static_cast<double>(value) - static_cast<double>(centroid[f]);
-        shift += step * step;
+        const double difference = static_cast<double>(value) - static_cast<double>(centroid[f]);
+        moved += difference * difference;
         centroid[f] = value;
       }
+      shift += moved;
+      step[j] = static_cast<T>(std::sqrt(moved)) * (T(1) + ws.slack);
     }
+    move_bounds(n, k, ws, labels);
     std::copy_n(labels, n, previous);
     if (std::sqrt(shift) * ws.scale < options.tol) break;
   }
-  assign(n, k, ws, labels);
+  if (options.max_iters > 0) assign(n, k, ws, labels);
 
   const double* offset = ws.shift.data();
   if (centroids != nullptr) {

@@ -19,13 +19,15 @@ template <typename T>
 struct KMeansWorkspace {
   Buffer<T> points;      // n x ld: (x - shift) / scale
   Buffer<T> centroids;   // k x ld, in the same coordinates
-  Buffer<T> scores;      // one block of rows x k for each task
-  Buffer<T> distance;    // n
+  Buffer<T> distance;    // n: squared distances
+  Buffer<T> upper;       // n: bound of the distance to the own centroid, then k: of the centroids' last step
+  Buffer<T> lower;       // n x k: bounds of the distances to all of them
   Buffer<double> sums;   // k x ld
   Buffer<double> row;    // one row a task
   Buffer<double> shift;  // d
   Buffer<int64_t> labels, previous, counts;
   double scale = 1.0;
+  T slack = T(0);  // relative width of a bound
   int64_t ld = 0;
 };
 

@@ -105,6 +105,48 @@ DSE_INLINE void row_dots_impl(const T* a, int64_t m, const T* b, int64_t k, int6
   for (; i < m; ++i) dot_rows<T, kBytes, 1>(a + i * ld, b, k, ld, out + i * ldo, ldo);
 }
 
+// One row against R others.
+template <typename T, int kBytes, int R>
+DSE_INLINE void distance_tile(const T* a, const T* const* b, int64_t ld, T* out) {
+  using V = typename VecOf<T, kBytes>::type;
+  constexpr int64_t kLanes = kBytes / sizeof(T);
+  V acc[R] = {};
+  for (int64_t p = 0; p < ld; p += kLanes) {
+    const V av = *reinterpret_cast<const V*>(a + p);
+    for (int r = 0; r < R; ++r) {
+      const V step = av - *reinterpret_cast<const V*>(b[r] + p);
+      acc[r] += step * step;
+    }
+  }
+  constexpr int kPart = 16 / sizeof(T);
+  T part[R * kPart];
+  for (int r = 0; r < R; ++r) partial_sum<T, kBytes>(acc[r], part + r * kPart);
+  for (int r = 0; r < R; ++r) out[r] = finish_sum(part + r * kPart);
+}
+
+template <int kBytes, typename T>
+DSE_INLINE void squared_distances_impl(const T* a, const T* b, int64_t ld, const int64_t* rows, int64_t count,
+                                       T* out) {
+  constexpr int R = kBytes == 64 ? 8 : 4;
+  const T* row[R];
+  const auto take = [&](int64_t first, int64_t n) {
+    for (int64_t r = 0; r < n; ++r) row[r] = b + (rows != nullptr ? rows[first + r] : first + r) * ld;
+  };
+  int64_t i = 0;
+  for (; i + R <= count; i += R) {
+    take(i, R);
+    distance_tile<T, kBytes, R>(a, row, ld, out + i);
+  }
+  for (; i + 2 <= count; i += 2) {
+    take(i, 2);
+    distance_tile<T, kBytes, 2>(a, row, ld, out + i);
+  }
+  if (i < count) {
+    take(i, 1);
+    distance_tile<T, kBytes, 1>(a, row, ld, out + i);
+  }
+}
+
 // Outer-product tile of A^T B: R rows of C vectors. store(i, v, acc) takes the sums.
 template <typename T, int kBytes, int R, int C, typename Store>
 DSE_INLINE void tn_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, const Store& store) {
@@ -266,6 +308,13 @@ const Level kLevel = processor_level();
                    (a, m, b, k, ld, out, ldo))
 DSE_ROW_DOTS(float)
 DSE_ROW_DOTS(double)
+
+#define DSE_SQUARED_DISTANCES(T)                                                                     \
+  DSE_BY_PROCESSOR(squared_distances,                                                                \
+                   (const T* a, const T* b, int64_t ld, const int64_t* rows, int64_t count, T* out), \
+                   (a, b, ld, rows, count, out))
+DSE_SQUARED_DISTANCES(float)
+DSE_SQUARED_DISTANCES(double)
 
 #define DSE_TN_ACCUMULATE(T)                                                                                 \
   DSE_BY_PROCESSOR(tn_accumulate,                                                                            \

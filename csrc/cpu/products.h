@@ -15,6 +15,13 @@ namespace dse::cpu {
 void row_dots(const float* a, int64_t m, const float* b, int64_t k, int64_t ld, float* out, int64_t ldo);
 void row_dots(const double* a, int64_t m, const double* b, int64_t k, int64_t ld, double* out, int64_t ldo);
 
+// out[i] = ||a - b_r||^2 for the rows r = rows[0], ..., rows[count - 1] of b, or the first `count` where `rows`
+// is null; ld as above. The value of a pair does not depend on the others.
+void squared_distances(const float* a, const float* b, int64_t ld, const int64_t* rows, int64_t count,
+                       float* out);
+void squared_distances(const double* a, const double* b, int64_t ld, const int64_t* rows, int64_t count,
+                       double* out);
+
 // Leading dimension of the operands and the result of tn_product_upper: whole tiles of kGramPanel columns.
 inline constexpr int64_t kGramPanel = 24;
 inline int64_t gram_ld(int64_t n) { return (n + kGramPanel - 1) / kGramPanel * kGramPanel; }

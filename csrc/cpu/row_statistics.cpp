@@ -138,7 +138,7 @@ bool nearest_other_centroid(const Features& x, int64_t first, int64_t last, cons
       }
       nearest[i] = present[static_cast<size_t>(best)];
       double square = 0.0;
-      squared_distances(rows + (i - begin) * ld, 1, packed.data() + best * ld, ld, &square);
+      squared_distances(rows + (i - begin) * ld, packed.data(), ld, &best, 1, &square);
       distance[i] = std::sqrt(square);
     }
   });

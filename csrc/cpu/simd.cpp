@@ -16,10 +16,6 @@ namespace {
 template <typename T>
 struct VecOf;
 template <>
-struct VecOf<float> {
-  typedef float type __attribute__((vector_size(32), aligned(4), may_alias));
-};
-template <>
 struct VecOf<double> {
   typedef double type __attribute__((vector_size(32), aligned(8), may_alias));
 };
@@ -37,23 +33,6 @@ DSE_INLINE T horizontal_sum(const typename VecOf<T>::type& v) {
     for (int i = 0; i < width; ++i) part[i] += part[i + width];
   total = part[0];
   return total;
-}
-
-template <typename T>
-DSE_INLINE void squared_distances_impl(const T* a, int64_t m, const T* c, int64_t ld, T* out) {
-  using V = typename VecOf<T>::type;
-  constexpr int64_t kLanes = 32 / sizeof(T);
-  for (int64_t i = 0; i < m; ++i) {
-    const T* row = a + i * ld;
-    V acc0 = {}, acc1 = {};
-    for (int64_t p = 0; p < ld; p += 2 * kLanes) {
-      const V d0 = *reinterpret_cast<const V*>(row + p) - *reinterpret_cast<const V*>(c + p);
-      const V d1 = *reinterpret_cast<const V*>(row + p + kLanes) - *reinterpret_cast<const V*>(c + p + kLanes);
-      acc0 += d0 * d0;
-      acc1 += d1 * d1;
-    }
-    out[i] = horizontal_sum<T>(acc0 + acc1);
-  }
 }
 
 DSE_INLINE float bits_to_float(uint32_t bits) { return std::bit_cast<float>(bits); }
@@ -93,13 +72,6 @@ DSE_INLINE void add_distances_impl(const T* partial, const double* x, double to_
 }
 
 }  // namespace
-
-DSE_MULTIVERSION void squared_distances(const float* a, int64_t m, const float* c, int64_t ld, float* out) {
-  squared_distances_impl<float>(a, m, c, ld, out);
-}
-DSE_MULTIVERSION void squared_distances(const double* a, int64_t m, const double* c, int64_t ld, double* out) {
-  squared_distances_impl<double>(a, m, c, ld, out);
-}
 
 DSE_MULTIVERSION void load_run(DType dtype, const void* src, int64_t stride, int64_t n, double scale,
                                double* dst) {

@@ -18,10 +18,6 @@ namespace dse::cpu {
 inline constexpr int64_t kRowPad = 16;
 inline int64_t padded(int64_t d) { return (d + kRowPad - 1) / kRowPad * kRowPad; }
 
-// out[i] = ||a_i - c||^2 for i < m.
-void squared_distances(const float* a, int64_t m, const float* c, int64_t ld, float* out);
-void squared_distances(const double* a, int64_t m, const double* c, int64_t ld, double* out);
-
 // Conversions of a strided run of n elements to double or float times `scale`.
 enum class DType : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
 void load_run(DType dtype, const void* src, int64_t stride, int64_t n, double scale, double* dst);
