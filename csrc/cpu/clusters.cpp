@@ -10,19 +10,27 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
   std::stable_sort(items.begin(), items.end(),
                    [](const ClusterItem<T>& a, const ClusterItem<T>& b) { return a.n > b.n; });
   std::vector<SpectralWorkspace> workspaces(static_cast<size_t>(max_workers()));
+  // Several clusters make a task, fewer where their matrices are large: a task holds them all.
+  constexpr int64_t kMostCells = 1 << 21;
   const auto total = static_cast<int64_t>(items.size());
+  std::vector<int64_t> begins{0};
+  while (begins.back() < total) {
+    const int64_t side = std::min(items[static_cast<size_t>(begins.back())].n, x.dim);
+    begins.push_back(std::min(total, begins.back() + std::clamp<int64_t>(kMostCells / (side * side), 1, kLanes)));
+  }
   const int64_t first = beside ? 1 : 0;
   int64_t work = beside ? x.dim * x.dim * x.dim : 0;
   for (const auto& item : items) {
     const int64_t side = std::min(item.n, x.dim);
     work += item.n * x.dim * side + 8 * side * side * side;
   }
-  for_each_task(first + (total + kLanes - 1) / kLanes, work, [&](int64_t task, int64_t worker) {
+  for_each_task(first + static_cast<int64_t>(begins.size()) - 1, work, [&](int64_t task, int64_t worker) {
     if (task < first) {
       beside();
       return;
     }
-    const int64_t begin = (task - first) * kLanes, count = std::min(total - begin, kLanes);
+    const auto group = static_cast<size_t>(task - first);
+    const int64_t begin = begins[group], count = begins[group + 1] - begin;
     RowSet sets[kLanes];
     SpectralTarget<T> targets[kLanes];
     for (int64_t i = 0; i < count; ++i) {

@@ -165,27 +165,39 @@ DSE_INLINE void tn_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_
     for (int v = 0; v < C; ++v) store(i, v, acc[i][v]);
 }
 
-// kGramPanel columns: three 64-byte vectors at once, or twice three 32-byte ones.
-template <int kBytes, int R>
+// kGramPanel columns: three 64-byte vectors at once, or twice three 32-byte ones. With fewer than three, those
+// are the last ones.
+template <int kBytes, int R, int C = 3>
 DSE_INLINE void gram_tile(const double* a, int64_t lda, const double* b, int64_t ldb, int64_t rows, double* c,
                           int64_t ldc) {
   using V = typename VecOf<double, kBytes>::type;
   constexpr int64_t kLanes = kBytes / sizeof(double);
-  for (int64_t j = 0; j < kGramPanel; j += 3 * kLanes) {
-    tn_tile<double, kBytes, R, 3>(a, lda, b + j, ldb, rows, [&](int i, int v, const V& sum) {
+  for (int64_t j = (3 - C) * kLanes; j < kGramPanel; j += 3 * kLanes) {
+    tn_tile<double, kBytes, R, C>(a, lda, b + j, ldb, rows, [&](int i, int v, const V& sum) {
       *reinterpret_cast<V*>(c + i * ldc + j + v * kLanes) += sum;
     });
   }
 }
 
-// Tiles wholly below the diagonal are left out. a(i) is the left operand from column i on.
+// Tiles wholly below the diagonal are left out, and so are blocks of eight columns where vectors are as wide.
+// a(i) is the left operand from column i on.
 template <int kBytes, typename Left>
 DSE_INLINE void gram_column(const Left& a, int64_t lda, const double* b, int64_t ldb, int64_t rows, double* c,
                             int64_t ldc, int64_t i0, int64_t i1, int64_t j) {
   constexpr int R = kBytes == 64 ? 8 : 4;
   int64_t i = i0;
-  for (; i + R <= i1 && i < j + kGramPanel; i += R)
-    gram_tile<kBytes, R>(a(i), lda, b, ldb, rows, c + i * ldc + j, ldc);
+  const int64_t whole = kBytes == 64 ? j + R : j + kGramPanel;
+  for (; i + R <= i1 && i < whole; i += R) gram_tile<kBytes, R>(a(i), lda, b, ldb, rows, c + i * ldc + j, ldc);
+  if constexpr (kBytes == 64) {
+    if (i == j + R && i + R <= i1) {
+      gram_tile<kBytes, R, 2>(a(i), lda, b, ldb, rows, c + i * ldc + j, ldc);
+      i += R;
+    }
+    if (i == j + 2 * R && i + R <= i1) {
+      gram_tile<kBytes, R, 1>(a(i), lda, b, ldb, rows, c + i * ldc + j, ldc);
+      i += R;
+    }
+  }
   for (; i + 2 <= i1 && i < j + kGramPanel; i += 2)
     gram_tile<kBytes, 2>(a(i), lda, b, ldb, rows, c + i * ldc + j, ldc);
   for (; i < i1 && i < j + kGramPanel; ++i) gram_tile<kBytes, 1>(a(i), lda, b, ldb, rows, c + i * ldc + j, ldc);

@@ -513,8 +513,10 @@ void StreamedRank::measure(const RowSet& set, bool exact) {
   const int64_t ldg = stream_ld(m_);
   double* gram = ws_.gram[0].reserve(m_ * ldg);
   const bool columns = set.n > set.x->dim;
-  // Unit rows only: their squares cannot leave float32's range. Small matrices cost nothing either way.
-  bool narrow = !exact && columns && set.x->unit_rows && set.x->dtype != DType::kFloat64 && m_ > kLanesMaxSide;
+  // Unit rows only: their squares cannot leave float32's range. Small matrices cost nothing either way, and of
+  // few rows the smallest eigenvalue is seldom large enough.
+  bool narrow = !exact && columns && set.n >= 4 * m_ && set.x->unit_rows && set.x->dtype != DType::kFloat64 &&
+                m_ > kLanesMaxSide;
   double magnitude = 0.0;
   const auto trace = [&] {
     double total = 0.0;

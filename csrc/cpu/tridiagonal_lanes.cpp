@@ -248,6 +248,38 @@ double unit_scale(double largest) {
   return std::isfinite(scale) ? scale : 1.0;
 }
 
+// The same for one matrix, without square roots: squares of the couplings e[i] and one chain of divisions (Pal,
+// Walker & Kahan; Parlett, "The Symmetric Eigenvalue Problem", 8.15). `e` holds the squares.
+bool iterate_one(int64_t n, double* d, double* e) {
+  for (int64_t l = 0; l < n; ++l) {
+    for (int sweep = 0;; ++sweep) {
+      int64_t m = l;
+      for (; m + 1 < n; ++m) {
+        const double negligible = kEps * (std::abs(d[m]) + std::abs(d[m + 1]));
+        if (e[m] <= negligible * negligible) break;
+      }
+      if (m == l) break;
+      if (sweep == kMaxSweeps) return false;
+      const double coupling = std::sqrt(e[l]), half_gap = (d[l + 1] - d[l]) / (2.0 * coupling);
+      const double shift =
+          d[l] - coupling / (half_gap + std::copysign(std::sqrt(half_gap * half_gap + 1.0), half_gap));
+      double c = 1.0, s = 0.0, gamma = d[m] - shift, p = gamma * gamma;
+      for (int64_t i = m - 1; i >= l; --i) {
+        const double square = e[i], total = p + square, before = c, last = gamma;
+        if (i + 1 < m) e[i + 1] = s * total;
+        c = p / total;
+        s = square / total;
+        gamma = c * (d[i] - shift) - s * last;
+        d[i + 1] = last + (d[i] - gamma);
+        p = c > 0.0 ? gamma * gamma / c : before * square;
+      }
+      e[l] = s * p;
+      d[l] = shift + gamma;
+    }
+  }
+  return true;
+}
+
 V* vectors_of(double* data) { return reinterpret_cast<V*>(data); }
 
 // The padding is decoupled from the start and keeps its places, behind the matrix's own.
@@ -263,6 +295,14 @@ bool tridiagonal_eigenvalues(int64_t count, const double* const* diagonal, const
   const int64_t side = *std::max_element(n, n + count);
   double* d = work.reserve_zeroed(2 * side * kLanes);
   double* e = d + side * kLanes;
+  if (count == 1) {
+    std::copy_n(diagonal[0], side, d);
+    for (int64_t i = 0; i + 1 < side; ++i) e[i] = couplings[0][i] * couplings[0][i];
+    if (!iterate_one(side, d, e)) return false;
+    std::sort(d, d + side);
+    std::copy_n(d, side, values[0]);
+    return true;
+  }
   for (int64_t lane = 0; lane < count; ++lane) {
     for (int64_t i = 0; i < n[lane]; ++i) d[i * kLanes + lane] = diagonal[lane][i];
     for (int64_t i = 0; i + 1 < n[lane]; ++i) e[i * kLanes + lane] = couplings[lane][i];
