@@ -9,7 +9,13 @@
 
 namespace dse {
 
-enum class RngPurpose : uint32_t { kLocalKMeans = 1, kGlobalKMeans = 2, kPermutation = 3, kKMeansOp = 4 };
+enum class RngPurpose : uint32_t {
+  kLocalKMeans = 1,
+  kGlobalKMeans = 2,
+  kPermutation = 3,
+  kKMeansOp = 4,
+  kSubspace = 5
+};
 
 struct Philox {
   uint32_t out[4];

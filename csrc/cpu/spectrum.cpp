@@ -263,6 +263,28 @@ double row_gram(const RowSet& set, double* gram) {
   return magnitude;
 }
 
+// Gram matrix (count x count, leading dimension ld) of the rows' coordinates in `basis` (count x d).
+void projected_gram(const RowSet& set, const double* basis, int64_t count, double* gram, int64_t ld) {
+  const int64_t d = set.x->dim, n = set.n, block = reduction_rows(n), blocks = (n + block - 1) / block;
+  const int64_t cells = count * count;
+  Buffer<double> partial(blocks * cells), work(max_workers() * (d + count));
+  for_each_task(blocks, n * d * (count + 4), [&](int64_t b, int64_t worker) {
+    double* row = work.data() + worker * (d + count);
+    double* coordinates = row + d;
+    double* own = partial.data() + b * cells;
+    std::fill(own, own + cells, 0.0);
+    for (int64_t i = b * block; i < std::min(n, (b + 1) * block); ++i) {
+      set.x->load(set.index(i), row);
+      for (int64_t r = 0; r < count; ++r) coordinates[r] = dot(basis + r * d, row, d);
+      for (int64_t r = 0; r < count; ++r) axpy(coordinates[r], coordinates, own + r * count, count);
+    }
+  });
+  for (int64_t r = 0; r < count; ++r) {
+    std::fill(gram + r * ld, gram + (r + 1) * ld, 0.0);
+    for (int64_t b = 0; b < blocks; ++b) axpy(1.0, partial.data() + b * cells + r * count, gram + r * ld, count);
+  }
+}
+
 // Smallest eigenvalue, in units of the mean one, above which the float32 products of column_gram change the
 // gradient by less than 3e-4.
 constexpr double kNarrowGramFloor = 5e-4;
@@ -363,10 +385,11 @@ constexpr double function_error() {
   return sizeof(T) == 8 ? 1e-11 : 3e-6;
 }
 
-// V diag(w / s) V^T as a function of the Gram matrix, w the weights of spectral_value_and_weights.
-ShiftedInverses gradient_function(SpectralKind kind, const double* values, int64_t m, int64_t null, double value,
-                                  const double* sigma, double error) {
-  const double smallest = values[null], largest = values[m - 1];
+// V diag(w / s) V^T as a function of the Gram matrix, w the weights of spectral_value_and_weights, on eigenvalues
+// first .. end of those given. `sigma`: all m singular values.
+ShiftedInverses gradient_function(SpectralKind kind, const double* values, int64_t first, int64_t end,
+                                  double value, const double* sigma, int64_t m, double error) {
+  const double smallest = values[first], largest = values[end - 1];
   if (kind == SpectralKind::kNuclearNorm) return inverse_square_root(smallest, largest, error);
   double sum = 0.0;
   for (int64_t i = 0; i < m; ++i) sum += sigma[i];
@@ -490,7 +513,7 @@ void spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, Sp
       continue;
     }
     if (target.slot == nullptr) continue;
-    functions[i] = gradient_function(kind, s.values, s.m, s.null, target.value, sigma, function_error<T>());
+    functions[i] = gradient_function(kind, s.values, s.null, s.m, target.value, sigma, s.m, function_error<T>());
     wanted[i] = true;
   }
   apply_functions(sets, spectra, functions, wanted, count, ws);
@@ -580,12 +603,13 @@ double StreamedRank::finish(bool exact, double* gradient, bool* steep) {
   }
   if (*steep || !converged_) {
     *steep = true;
+    if (const auto value = finish_in_two_parts(exact, gradient)) return *value;
     const double value = finish_exactly(gradient);
     return exact || !converged_ ? value : result;
   }
   if (gradient == nullptr) return result;
   const ShiftedInverses function =
-      gradient_function(SpectralKind::kEffectiveRank, values, m_, null_, result, sigma,
+      gradient_function(SpectralKind::kEffectiveRank, values, null_, m_, result, sigma, m_,
                         exact ? function_error<double>() : function_error<float>());
   if (m_ <= kLanesMaxSide) {
     const ShiftedInverses* functions = &function;
@@ -595,6 +619,78 @@ double StreamedRank::finish(bool exact, double* gradient, bool* steep) {
   }
   store_matrix(gram, m_, m_, ldg, gradient);
   return result;
+}
+
+// Where only a few eigenvalues are out of the Gram matrix's reach and well below the others, as behind a layer
+// normalization, whose features sum to zero but for rounding: their eigenvectors V are within reach all the same,
+// and so is the small matrix of X V, whose squares are not lost beside larger ones.
+std::optional<double> StreamedRank::finish_in_two_parts(bool exact, double* gradient) {
+  constexpr int64_t kMost = 32;  // eigenvalues of the small part
+  constexpr double kGap = 1e3;
+  const int64_t m = m_, d = set_.x->dim, ldg = stream_ld(m);
+  if (!converged_ || null_ > 0 || m <= kLanesMaxSide || set_.n <= d || set_.center) return std::nullopt;
+  double* values = ws_.spectrum[0].data();
+  double* sigma = values + m;
+  double* weight = sigma + m;
+  const double ratio = exact ? steep_ratio<double>() : steep_ratio<float>(), largest = values[m - 1];
+  const int64_t few = std::lower_bound(values, values + m, ratio * largest) - values;
+  if (few == 0 || few > kMost || values[few] < kGap * std::max(std::abs(values[0]), values[few - 1]))
+    return std::nullopt;
+
+  Tridiagonal& matrix = ws_.large[0];
+  double* basis = ws_.factors.reserve(few * m + 2 * few * m);
+  matrix.smallest_subspace(few, std::max(std::abs(values[0]), values[few - 1]), basis);
+  const int64_t ld = gram_ld(few);
+  Buffer<double> part(few * ld);
+  projected_gram(set_, basis, few, part.data(), ld);
+  double part_values[kMost];
+  const double* part_matrix = part.data();
+  double* part_target = part_values;
+  if (!ws_.small.reduce(1, &part_matrix, &few, &ld, &part_target)) return std::nullopt;
+
+  eigenvalues_to_sigma(values, m, few, floor_, sigma);
+  for (int64_t i = 0; i < few; ++i) sigma[i] = std::sqrt(std::max(part_values[i], 0.0));
+  cut_noise(sigma, m, set_.n, d, floor_);
+  const bool vanishes = sigma[few - 1] == 0.0;
+  // What is left of the small part is to be accurate, or nothing is to be left.
+  if (!vanishes && (exact || sigma[0] == 0.0 || part_values[0] < ratio * part_values[few - 1]))
+    return std::nullopt;
+  const double value = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m, weight);
+  if (gradient == nullptr) return value;
+
+  const double error = exact ? function_error<double>() : function_error<float>();
+  const auto function = [&](const double* eigenvalues, int64_t first, int64_t count) {
+    return gradient_function(SpectralKind::kEffectiveRank, eigenvalues, first, count, value, sigma, m, error);
+  };
+  double* gram = ws_.gram[0].data();
+  matrix.apply(function(values, few, m), gram);
+  // (I - V V^T) F (I - V V^T) + V f V^T = F - V W^T - W V^T, W = F V - V (V^T F V + f) / 2.
+  std::fill(part.data(), part.data() + few * ld, 0.0);
+  if (!vanishes) {
+    const ShiftedInverses small = function(part_values, 0, few);
+    const ShiftedInverses* functions = &small;
+    double* target = part.data();
+    ws_.small.apply(&functions, &target, &ld);
+  }
+  double* turned = basis + few * m;
+  double* update = turned + few * m;
+  for_each_task(m, few * m * m, [&](int64_t i, int64_t) {
+    for (int64_t r = 0; r < few; ++r) turned[r * m + i] = dot(gram + i * ldg, basis + r * m, m);
+  });
+  for (int64_t r = 0; r < few; ++r) {
+    double* w = update + r * m;
+    std::copy_n(turned + r * m, m, w);
+    for (int64_t q = 0; q < few; ++q)
+      axpy(-0.5 * (dot(turned + r * m, basis + q * m, m) + part[q * ld + r]), basis + q * m, w, m);
+  }
+  for_each_task(m, 2 * few * m * m, [&](int64_t i, int64_t) {
+    for (int64_t r = 0; r < few; ++r) {
+      axpy(-basis[r * m + i], update + r * m, gram + i * ldg, m);
+      axpy(-update[r * m + i], basis + r * m, gram + i * ldg, m);
+    }
+  });
+  store_matrix(gram, m, m, ldg, gradient);
+  return value;
 }
 
 // By a singular value decomposition of the matrix or of its triangular factor.

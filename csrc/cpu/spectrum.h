@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "common/problem.h"
 #include "common/spectral.h"
@@ -87,6 +88,7 @@ class StreamedRank {
 
  private:
   double finish_exactly(double* gradient);
+  std::optional<double> finish_in_two_parts(bool exact, double* gradient);
 
   RowSet set_;
   int64_t m_ = 0, null_ = 0;

@@ -15,6 +15,8 @@
 #include <cmath>
 #include <vector>
 
+#include "common/rng.h"
+
 // Vectors never cross the boundary of a function that is not inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
@@ -226,6 +228,47 @@ void Tridiagonal::reduce(double* a, int64_t n, int64_t ld) {
     for (int64_t i = 0; i < kBlock * ld; ++i) negated[i] = -w_rows[i];
     for (int64_t i = 0; i < kBlock * ld; ++i) negated[kBlock * ld + i] = -pair[i];
     symmetric_update(pair, negated, 2 * kBlock, a, ld, k1, n);
+  }
+}
+
+void Tridiagonal::smallest_subspace(int64_t count, double below, double* rows) {
+  // Inverse iteration of a block: every step multiplies what does not belong by the ratio of the eigenvalues.
+  constexpr int kSteps = 8;
+  const int64_t n = n_;
+  const double* diagonal = vectors_.data();
+  const double* off = diagonal + n;
+  const double* factor = off + n;
+  double largest = 0.0;
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, diagonal[i]);
+  // Above the rounding of the reduction, so that T + shift is positive definite.
+  const double shift = std::abs(below) * scale_ + 1e-14 * largest;
+  double* inverse = work_.reserve(n);
+  inverse[0] = 1.0 / (diagonal[0] + shift);
+  for (int64_t i = 1; i < n; ++i)
+    inverse[i] = 1.0 / (diagonal[i] + shift - off[i - 1] * off[i - 1] * inverse[i - 1]);
+
+  const RngStream rng{0, RngPurpose::kSubspace, static_cast<uint64_t>(n)};
+  for (int64_t i = 0; i < count * n; ++i) rows[i] = rng.uniform(static_cast<uint32_t>(i)) - 0.5;
+  for (int step = 0; step < kSteps; ++step) {
+    for (int64_t r = 0; r < count; ++r) {
+      double* z = rows + r * n;
+      for (int64_t i = 1; i < n; ++i) z[i] -= off[i - 1] * inverse[i - 1] * z[i - 1];
+      z[n - 1] *= inverse[n - 1];
+      for (int64_t i = n - 2; i >= 0; --i) z[i] = inverse[i] * (z[i] - off[i] * z[i + 1]);
+      // Twice is enough (Kahan & Parlett).
+      for (int pass = 0; pass < 2; ++pass) {
+        for (int64_t q = 0; q < r; ++q) axpy(-dot(rows + q * n, z, n), rows + q * n, z, n);
+        const double norm = std::sqrt(sum_of_squares(z, n));
+        for (int64_t i = 0; i < n; ++i) z[i] /= norm;
+      }
+    }
+  }
+  for (int64_t k = n - 3; k >= 0; --k) {
+    const double* v = reflectors_.data() + k * ld_ + k + 1;
+    for (int64_t r = 0; r < count; ++r) {
+      double* z = rows + r * n + k + 1;
+      axpy(-factor[k] * dot(v, z, n - k - 1), v, z, n - k - 1);
+    }
   }
 }
 

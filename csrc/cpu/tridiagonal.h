@@ -24,6 +24,10 @@ class Tridiagonal {
   // What A was multiplied by before.
   double scale() const { return scale_; }
 
+  // Orthonormal rows (count x n) that span the eigenvectors of the `count` smallest eigenvalues, of which `below`
+  // is the largest in magnitude and a small part of the next one. In units of A.
+  void smallest_subspace(int64_t count, double below, double* rows);
+
   // f(A) = Q f(T) Q^T, symmetric, into `out` (as large as the matrix was; it may be the same memory). All
   // threads, unless called by a task of for_each_task.
   void apply(const ShiftedInverses& function, double* out);
