@@ -15,6 +15,7 @@
 
 #include "cpu/arguments.h"
 #include "cpu/clusters.h"
+#include "cpu/dominant.h"
 #include "cpu/dse_state.h"
 #include "cpu/operators.h"
 #include "cpu/products.h"
@@ -128,6 +129,7 @@ class Backward {
 
   // Rows of one task of X M: with M's panel they fit a core's cache.
   static constexpr int64_t kRankRows = 96;
+  static constexpr int64_t kTurnedRows = 16;
 
   // The matrix of an effective rank's gradient as a right operand, kept while the groups are gone through.
   template <typename C>
@@ -138,6 +140,9 @@ class Backward {
   struct RankWorkspace {
     RankMatrix<float> narrow;
     RankMatrix<double> wide;
+    DominantPart dominant;
+    Buffer<double> rest;  // the matrix without it
+    const double* rest_of = nullptr;
   };
 
   // The saved matrix stands on the side of the rows (M X) rather than of the features (X M): there are no more
@@ -169,14 +174,16 @@ class Backward {
     }
     const int64_t tasks = (n + kRankRows - 1) / kRankRows;
     Buffer<C> work(max_workers() * kRankRows * d);
-    Buffer<double> row_work(max_workers() * d);
+    Buffer<C> row_work(max_workers() * kTurnedRows * d);
     for_each_task(tasks, n * d * d, [&](int64_t task, int64_t worker) {
       C* turned = work.data() + worker * kRankRows * d;
-      double* row = row_work.data() + worker * d;
+      C* some = row_work.data() + worker * kTurnedRows * d;
       const int64_t begin = task * kRankRows, rows = std::min(n - begin, kRankRows);
-      for (int64_t i = 0; i < rows; ++i) {
-        x_.load(set.index(begin + i), row);
-        for (int64_t f = 0; f < d; ++f) turned[f * kRankRows + i] = static_cast<C>(row[f]);
+      for (int64_t i0 = 0; i0 < rows; i0 += kTurnedRows) {  // a few rows at a time: whole cache lines are written
+        const int64_t count = std::min(rows - i0, kTurnedRows);
+        for (int64_t i = 0; i < count; ++i) x_.load(set.index(begin + i0 + i), some + i * d);
+        for (int64_t f = 0; f < d; ++f)
+          for (int64_t i = 0; i < count; ++i) turned[f * kRankRows + i0 + i] = some[i * d + f];
       }
       add_product(turned, kRankRows, rows, matrix.right, [&](int64_t i) { return target(begin + i); });
     });
@@ -202,7 +209,7 @@ class Backward {
     }
   }
 
-  void rank_gradient_of(const RowSet& set, const double* saved, bool steep, RankWorkspace& ws, T* accumulator,
+  void rank_gradient_of(const RowSet& set, const double* saved, RankForm form, RankWorkspace& ws, T* accumulator,
                         int64_t first_row) const {
     // A steep spectrum leaves small differences of large terms, which only float64 keeps; so do features (without
     // normalization) whose inverse squares leave the range of float32.
@@ -210,11 +217,37 @@ class Backward {
     double largest = 0.0;
     for (int64_t i = 0; i < side; ++i) largest = std::max(largest, std::abs(saved[i * side + i]));
     const bool in_range = largest < 0x1p100 && largest > 0x1p-100;
-    if (steep || !in_range || sizeof(T) == 8) {
+    if (form.dominant > 0 && in_range && sizeof(T) == 4) {
+      if (ws.rest_of != saved) {
+        std::copy_n(saved, side * side, ws.rest.reserve(side * side));
+        ws.dominant.take_out(ws.rest.data(), side, form.dominant);
+        ws.rest_of = saved;
+      }
+      rank_gradient(set, ws.rest.data(), ws.narrow, accumulator, first_row);
+      add_dominant(set, ws.dominant, accumulator, first_row);
+    } else if (form.steep || !in_range || sizeof(T) == 8) {
       rank_gradient(set, saved, ws.wide, accumulator, first_row);
     } else {
       rank_gradient(set, saved, ws.narrow, accumulator, first_row);
     }
+  }
+
+  // Adds rank_ * (the dominant part of M) x for the rows x of `set`.
+  void add_dominant(const RowSet& set, const DominantPart& part, T* accumulator, int64_t first_row) const {
+    const int64_t d = p_.dim;
+    constexpr int64_t kRows = 32;
+    const int64_t work_size = 2 * d + 2 * part.count;
+    Buffer<double> work(max_workers() * work_size);
+    for_each_task((set.n + kRows - 1) / kRows, 4 * set.n * d * part.count, [&](int64_t task, int64_t worker) {
+      double* x = work.data() + worker * work_size;
+      double* product = x + d;
+      for (int64_t i = task * kRows; i < std::min(set.n, (task + 1) * kRows); ++i) {
+        x_.load(set.index(i), x);
+        part.multiply(x, product + d, product);
+        T* target = accumulator + (set.index(i) - first_row) * padded(d);
+        for (int64_t f = 0; f < d; ++f) target[f] += static_cast<T>(rank_ * product[f]);
+      }
+    });
   }
 
   void add_permuted_ranks() {
@@ -225,7 +258,7 @@ class Backward {
     // Every row stands at one position only: positions are independent.
     for_each_task(p_.positions, p_.rows() * p_.dim * side, [&](int64_t j, int64_t worker) {
       const RowSet set{&x_, int_ + index_at_.permutation() + j * p_.images, 0, p_.images, false};
-      rank_gradient_of(set, saved_dim_ + j * side * side, int_[index_at_.steep() + j] != 0,
+      rank_gradient_of(set, saved_dim_ + j * side * side, RankForm::of(int_[index_at_.rank_form() + j]),
                        workspaces[static_cast<size_t>(worker)], all, 0);
     });
   }
@@ -238,8 +271,8 @@ class Backward {
     } else {
       sum = group_rows_.reserve_zeroed(n * ld);
       if (rank_ != 0.0 && !rows_side()) {
-        rank_gradient_of({&x_, nullptr, begin, n, false}, saved_dim_, int_[index_at_.steep()] != 0, rank_work_,
-                         sum, begin);
+        rank_gradient_of({&x_, nullptr, begin, n, false}, saved_dim_, RankForm::of(int_[index_at_.rank_form()]),
+                         rank_work_, sum, begin);
       } else if (rank_ != 0.0) {
         add_rows_side_rank(begin, n, sum);
       }
@@ -253,8 +286,8 @@ class Backward {
     const int64_t rows = p_.rows(), ld = padded(p_.dim);
     if (rank_rows_.data() == nullptr) {
       T* all = rank_rows_.reserve_zeroed(rows * ld);
-      rank_gradient_of({&x_, nullptr, 0, rows, false}, saved_dim_, int_[index_at_.steep()] != 0, rank_work_, all,
-                       0);
+      rank_gradient_of({&x_, nullptr, 0, rows, false}, saved_dim_, RankForm::of(int_[index_at_.rank_form()]),
+                       rank_work_, all, 0);
     }
     const T* own = rank_rows_.data() + begin * ld;
     for (int64_t i = 0; i < n * ld; ++i) sum[i] += own[i];

@@ -244,9 +244,9 @@ class Forward {
     StreamedRank rank;
     rank.measure({&x_, nullptr, 0, p_.rows(), false}, kExact);
     measure_clusters([&] { rank.decompose(); });
-    bool steep = false;
-    const double value = rank.finish(kExact, save_ ? matrices() : nullptr, &steep);
-    int_[index_.steep()] = steep ? 1 : 0;
+    RankForm form;
+    const double value = rank.finish(kExact, save_ ? matrices() : nullptr, &form);
+    int_[index_.rank_form()] = form.code();
     if (p_.variant == Variant::kPaper) return value;
     return value / static_cast<double>(std::min(p_.rows(), p_.dim));
   }
@@ -254,17 +254,17 @@ class Forward {
   // Mean effective rank of the positions of the permuted images: one row of every image each.
   double permuted_rank() {
     int64_t* permutation = int_ + index_.permutation();
-    int64_t* steep = int_ + index_.steep();
+    int64_t* forms = int_ + index_.rank_form();
     permute_positions(permutation);
     const int64_t side = dim_side(p_);
     std::vector<double> values(static_cast<size_t>(p_.positions));
     std::vector<StreamedRank> ranks(static_cast<size_t>(max_workers()));
     for_each_task(p_.positions, p_.rows() * p_.dim * side, [&](int64_t j, int64_t worker) {
-      bool is_steep = false;
+      RankForm form;
       values[static_cast<size_t>(j)] =
           ranks[static_cast<size_t>(worker)].run({&x_, permutation + j * p_.images, 0, p_.images, false}, kExact,
-                                                 save_ ? matrices() + j * side * side : nullptr, &is_steep);
-      steep[j] = is_steep ? 1 : 0;
+                                                 save_ ? matrices() + j * side * side : nullptr, &form);
+      forms[j] = form.code();
     });
     double total = 0.0;
     for (const double value : values) total += value;

@@ -20,8 +20,9 @@ struct SavedRows {
   int64_t size() const { return 2 * rows + 2 * dim + 5; }
 };
 
-// saved_index (int64): nearest other centroid of every row (-1: none), the form of every cluster's slot, whether
-// each matrix of saved_dim is steep, the permutation (evaluation variant), and whether all features are finite.
+// saved_index (int64): nearest other centroid of every row (-1: none), the form of every cluster's slot, the
+// RankForm of each matrix of saved_dim, the permutation (evaluation variant), and whether all features are
+// finite.
 struct SavedIndex {
   int64_t rows, local, global, dims, permuted;
   explicit SavedIndex(const Problem& p)
@@ -33,8 +34,8 @@ struct SavedIndex {
   int64_t nearest() const { return 0; }
   int64_t local_form() const { return rows; }
   int64_t global_form() const { return local_form() + local; }
-  int64_t steep() const { return global_form() + global; }
-  int64_t permutation() const { return steep() + dims; }
+  int64_t rank_form() const { return global_form() + global; }
+  int64_t permutation() const { return rank_form() + dims; }
   int64_t finite() const { return permutation() + permuted; }
   int64_t size() const { return finite() + 1; }
 };

@@ -18,7 +18,7 @@ namespace {
 using torch::headeronly::ScalarType;
 
 // What saved_form says of a matrix.
-enum class RankForm : int64_t { kPlain = 0, kSteep = 1, kNotFinite = 2 };
+enum class SavedRank : int64_t { kPlain = 0, kSteep = 1, kNotFinite = 2 };
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, bool center, bool save) {
@@ -39,16 +39,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, bool center, bool sa
     if (!group_is_finite(features, p)) {
       rank_data[p] = std::numeric_limits<T>::quiet_NaN();
       if (save) {
-        forms[p] = static_cast<int64_t>(RankForm::kNotFinite);
+        forms[p] = static_cast<int64_t>(SavedRank::kNotFinite);
         std::fill_n(matrices + p * side * side, side * side, 0.0);
       }
       return;
     }
-    bool steep = false;
+    RankForm rank_form;
     rank_data[p] = static_cast<T>(
         workers[static_cast<size_t>(worker)].run({&features, nullptr, p * n, n, center}, sizeof(T) == 8,
-                                                 save ? matrices + p * side * side : nullptr, &steep));
-    if (save) forms[p] = static_cast<int64_t>(steep ? RankForm::kSteep : RankForm::kPlain);
+                                                 save ? matrices + p * side * side : nullptr, &rank_form));
+    if (save) forms[p] = static_cast<int64_t>(rank_form.steep ? SavedRank::kSteep : SavedRank::kPlain);
   });
   return {ranks, saved, form};
 }
@@ -84,8 +84,8 @@ Tensor backward(const Tensor& grad, const Tensor& x, const Tensor& saved, const 
   const auto* grad_data = static_cast<const char*>(grad.const_data_ptr());
   for (int64_t p = 0; p < count; ++p) {
     char* own = out_data + p * n * d * features.element_size;
-    const auto form = static_cast<RankForm>(forms[p]);
-    if (form == RankForm::kNotFinite) {
+    const auto form = static_cast<SavedRank>(forms[p]);
+    if (form == SavedRank::kNotFinite) {
       const std::vector<double> nan(static_cast<size_t>(n * d), std::numeric_limits<double>::quiet_NaN());
       store_run(features.dtype, nan.data(), n * d, own);
       continue;
@@ -93,7 +93,7 @@ Tensor backward(const Tensor& grad, const Tensor& x, const Tensor& saved, const 
     double weight = 0.0;
     load_run(grad_type, grad_data + p * grad.stride(0) * static_cast<int64_t>(grad.element_size()), 1, 1, 1.0,
              &weight);
-    if (sizeof(T) == 8 || form == RankForm::kSteep) {
+    if (sizeof(T) == 8 || form == SavedRank::kSteep) {
       product<double>(features, p, center, matrices + p * side * side, weight, own);
     } else {
       product<float>(features, p, center, matrices + p * side * side, weight, own);

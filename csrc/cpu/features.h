@@ -29,9 +29,17 @@ struct Features {
   const void* row(int64_t i) const {
     return data + element_size * ((i / inner) * stride_outer + (i % inner) * stride_inner);
   }
-  // Row i, times its scale; entries dim .. padded(dim) of dst are zeroed where `pad`.
-  void load(int64_t i, double* dst) const {
-    load_run(dtype, row(i), stride_dim, dim, row_scale != nullptr ? row_scale[i] : 1.0, dst);
+  double scale_of(int64_t i) const { return row_scale != nullptr ? row_scale[i] : 1.0; }
+
+  // Row i, times its scale.
+  template <typename D>
+  void load(int64_t i, D* dst) const {
+    load_run(dtype, row(i), stride_dim, dim, scale_of(i), dst);
+  }
+  // (row - shift) * inverse.
+  template <typename D>
+  void load_shifted_row(int64_t i, const double* shift, double inverse, D* dst) const {
+    load_shifted(dtype, row(i), stride_dim, dim, scale_of(i), shift, inverse, dst);
   }
   void load_padded(int64_t i, double* dst) const {
     load(i, dst);

@@ -67,11 +67,9 @@ void load_points(const Features& x, int64_t first, int64_t n, KMeansWorkspace<T>
 
   T* points = ws.points.reserve(n * ld);
   for_each_task(blocks, 8 * n * ld, [&](int64_t b, int64_t) {
-    double* row = rows + b * ld;
     for (int64_t i = b * kBlockRows; i < std::min(n, (b + 1) * kBlockRows); ++i) {
-      x.load(first + i, row);
       T* out = points + i * ld;
-      for (int64_t f = 0; f < d; ++f) out[f] = static_cast<T>((row[f] - shift[f]) * inverse);
+      x.load_shifted_row(first + i, shift, inverse, out);
       for (int64_t f = d; f < ld; ++f) out[f] = T(0);
     }
   });

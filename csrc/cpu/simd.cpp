@@ -49,12 +49,32 @@ DSE_INLINE double widen_half(uint16_t h) {
   return bits_to_float(scaled | special | sign);
 }
 
-template <typename S, typename Widen>
-DSE_INLINE void load_run_impl(const S* src, int64_t stride, int64_t n, double scale, double* dst, Widen to) {
+// dst[i] = map(element i as float64, i).
+template <typename S, typename D, typename Widen, typename Map>
+DSE_INLINE void map_run(const S* src, int64_t stride, int64_t n, D* dst, Widen to, Map map) {
   if (stride == 1) {
-    for (int64_t i = 0; i < n; ++i) dst[i] = to(src[i]) * scale;
+    for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<D>(map(to(src[i]), i));
   } else {
-    for (int64_t i = 0; i < n; ++i) dst[i] = to(src[i * stride]) * scale;
+    for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<D>(map(to(src[i * stride]), i));
+  }
+}
+
+template <typename D, typename Map>
+DSE_INLINE void map_run_of(DType dtype, const void* src, int64_t stride, int64_t n, D* dst, Map map) {
+  switch (dtype) {
+    case DType::kFloat64:
+      map_run(static_cast<const double*>(src), stride, n, dst, [](double x) { return widen(x); }, map);
+      return;
+    case DType::kFloat32:
+      map_run(static_cast<const float*>(src), stride, n, dst, [](float x) { return widen(x); }, map);
+      return;
+    case DType::kBFloat16:
+      map_run(
+          static_cast<const uint16_t*>(src), stride, n, dst, [](uint16_t x) { return widen_bfloat16(x); }, map);
+      return;
+    case DType::kFloat16:
+      map_run(static_cast<const uint16_t*>(src), stride, n, dst, [](uint16_t x) { return widen_half(x); }, map);
+      return;
   }
 }
 
@@ -73,25 +93,18 @@ DSE_INLINE void add_distances_impl(const T* partial, const double* x, double to_
 
 }  // namespace
 
-DSE_MULTIVERSION void load_run(DType dtype, const void* src, int64_t stride, int64_t n, double scale,
-                               double* dst) {
-  switch (dtype) {
-    case DType::kFloat64:
-      load_run_impl(static_cast<const double*>(src), stride, n, scale, dst, [](double x) { return widen(x); });
-      return;
-    case DType::kFloat32:
-      load_run_impl(static_cast<const float*>(src), stride, n, scale, dst, [](float x) { return widen(x); });
-      return;
-    case DType::kBFloat16:
-      load_run_impl(static_cast<const uint16_t*>(src), stride, n, scale, dst,
-                    [](uint16_t x) { return widen_bfloat16(x); });
-      return;
-    case DType::kFloat16:
-      load_run_impl(static_cast<const uint16_t*>(src), stride, n, scale, dst,
-                    [](uint16_t x) { return widen_half(x); });
-      return;
+#define DSE_LOADS(D)                                                                                        \
+  DSE_MULTIVERSION void load_run(DType dtype, const void* src, int64_t stride, int64_t n, double scale,     \
+                                 D* dst) {                                                                  \
+    map_run_of(dtype, src, stride, n, dst, [scale](double x, int64_t) { return x * scale; });               \
+  }                                                                                                         \
+  DSE_MULTIVERSION void load_shifted(DType dtype, const void* src, int64_t stride, int64_t n, double scale, \
+                                     const double* shift, double inverse, D* dst) {                         \
+    map_run_of(dtype, src, stride, n, dst,                                                                  \
+               [=](double x, int64_t i) { return (x * scale - shift[i]) * inverse; });                      \
   }
-}
+DSE_LOADS(double)
+DSE_LOADS(float)
 
 DSE_MULTIVERSION void store_run(DType dtype, const double* src, int64_t n, void* dst) {
   switch (dtype) {

@@ -21,6 +21,12 @@ inline int64_t padded(int64_t d) { return (d + kRowPad - 1) / kRowPad * kRowPad;
 // Conversions of a strided run of n elements to double or float times `scale`.
 enum class DType : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
 void load_run(DType dtype, const void* src, int64_t stride, int64_t n, double scale, double* dst);
+void load_run(DType dtype, const void* src, int64_t stride, int64_t n, double scale, float* dst);
+// (element * scale - shift) * inverse, rounded once.
+void load_shifted(DType dtype, const void* src, int64_t stride, int64_t n, double scale, const double* shift,
+                  double inverse, double* dst);
+void load_shifted(DType dtype, const void* src, int64_t stride, int64_t n, double scale, const double* shift,
+                  double inverse, float* dst);
 void store_run(DType dtype, const double* src, int64_t n, void* dst);
 
 // sum of squares of n doubles; <a, b>; y += alpha * x.

@@ -170,29 +170,39 @@ void column_means(const RowSet& set, double* mean) {
 
 namespace {
 
-// Calls put(block, i, row) for every centred row of a block of `block_rows` (in parallel), then consume(block,
-// rows), block after block; `block` has block_rows * ld elements. Returns the rows' root mean square norm before
-// centring.
+// Calls put(block, rows, i, row) for every row of a block of `block_rows`, centred (in parallel), then
+// consume(block, rows), block after block; `block` has block_rows * ld elements. Returns the rows' root mean
+// square norm before centring.
 template <typename P, typename Put, typename Consume>
 double stream_blocks(const RowSet& set, int64_t block_rows, int64_t ld, const Put& put, const Consume& consume) {
   const int64_t d = set.x->dim, n = set.n;
   Buffer<double> mean(d), norms(block_rows), row_work(max_workers() * d);
+  Buffer<P> narrow_work(max_workers() * d);
   Buffer<P> block(block_rows * ld);
   if (set.center) column_means(set, mean.data());
-  double squares = 0.0;
+  // Rows of norm 1 (or 0) need not be measured.
+  const bool measured = set.center || !set.x->unit_rows;
+  double squares = measured ? 0.0 : static_cast<double>(n);
   for (int64_t begin = 0; begin < n; begin += block_rows) {
     const int64_t rows = std::min(block_rows, n - begin);
     constexpr int64_t kRowsPerTask = 16;
     for_each_task((rows + kRowsPerTask - 1) / kRowsPerTask, 32 * rows * d, [&](int64_t task, int64_t worker) {
       double* row = row_work.data() + worker * d;
+      P* narrow = narrow_work.data() + worker * d;
       for (int64_t i = task * kRowsPerTask; i < std::min(rows, (task + 1) * kRowsPerTask); ++i) {
+        if (!measured) {
+          set.x->load(set.index(begin + i), narrow);
+          put(block.data(), rows, i, narrow);
+          continue;
+        }
         set.x->load(set.index(begin + i), row);
         norms[i] = sum_of_squares(row, d);
         if (set.center) axpy(-1.0, mean.data(), row, d);
         put(block.data(), rows, i, row);
       }
     });
-    for (int64_t i = 0; i < rows; ++i) squares += norms[i];
+    if (measured)
+      for (int64_t i = 0; i < rows; ++i) squares += norms[i];
     consume(block.data(), rows);
   }
   return std::sqrt(squares / static_cast<double>(n));
@@ -235,7 +245,7 @@ double column_gram(const RowSet& set, double* gram) {
   constexpr int64_t block_rows = 160;
   const int64_t d = set.x->dim, ldg = stream_ld(d);
   std::fill(gram, gram + d * ldg, 0.0);
-  const auto put = [&](P* panels, int64_t rows, int64_t i, const double* row) {
+  const auto put = [&](P* panels, int64_t rows, int64_t i, const auto* row) {
     for (int64_t f = 0; f < d; f += kPanel) {
       P* out = panels + f * rows + i * kPanel;
       const int64_t width = std::min(kPanel, d - f);
@@ -577,9 +587,10 @@ void StreamedRank::decompose() {
   for (int64_t i = 0; i < m_; ++i) values[i] /= matrix.scale();
 }
 
-double StreamedRank::finish(bool exact, double* gradient, bool* steep) {
+double StreamedRank::finish(bool exact, double* gradient, RankForm* form) {
   const int64_t ldg = stream_ld(m_);
-  *steep = false;
+  *form = {};
+  bool steep = false;
   if (!finite_) {  // squares overflow: no number can be given
     const double nan = std::numeric_limits<double>::quiet_NaN();
     if (gradient != nullptr) std::fill_n(gradient, m_ * m_, nan);
@@ -597,13 +608,13 @@ double StreamedRank::finish(bool exact, double* gradient, bool* steep) {
       if (gradient != nullptr) std::fill_n(gradient, m_ * m_, 0.0);
       return result;
     }
-    *steep = (gradient != nullptr || exact) &&
-             (is_steep(values, m_, null_, floor_, exact ? steep_ratio<double>() : steep_ratio<float>()) ||
-              sigma[null_] == 0.0);
+    steep = (gradient != nullptr || exact) &&
+            (is_steep(values, m_, null_, floor_, exact ? steep_ratio<double>() : steep_ratio<float>()) ||
+             sigma[null_] == 0.0);
   }
-  if (*steep || !converged_) {
-    *steep = true;
-    if (const auto value = finish_in_two_parts(exact, gradient)) return *value;
+  if (steep || !converged_) {
+    if (const auto value = finish_in_two_parts(exact, gradient, form)) return *value;
+    form->steep = true;
     const double value = finish_exactly(gradient);
     return exact || !converged_ ? value : result;
   }
@@ -624,7 +635,7 @@ double StreamedRank::finish(bool exact, double* gradient, bool* steep) {
 // Where only a few eigenvalues are out of the Gram matrix's reach and well below the others, as behind a layer
 // normalization, whose features sum to zero but for rounding: their eigenvectors V are within reach all the same,
 // and so is the small matrix of X V, whose squares are not lost beside larger ones.
-std::optional<double> StreamedRank::finish_in_two_parts(bool exact, double* gradient) {
+std::optional<double> StreamedRank::finish_in_two_parts(bool exact, double* gradient, RankForm* form) {
   constexpr int64_t kMost = 32;  // eigenvalues of the small part
   constexpr double kGap = 1e3;
   const int64_t m = m_, d = set_.x->dim, ldg = stream_ld(m);
@@ -656,6 +667,7 @@ std::optional<double> StreamedRank::finish_in_two_parts(bool exact, double* grad
   if (!vanishes && (exact || sigma[0] == 0.0 || part_values[0] < ratio * part_values[few - 1]))
     return std::nullopt;
   const double value = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m, weight);
+  if (!vanishes) *form = {true, few};
   if (gradient == nullptr) return value;
 
   const double error = exact ? function_error<double>() : function_error<float>();

@@ -62,6 +62,15 @@ template <typename T>
 void spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, SpectralTarget<T>* targets,
                         SpectralWorkspace& ws);
 
+// How products with the matrix of an effective rank's gradient have to run.
+struct RankForm {
+  bool steep = false;    // in float64
+  int64_t dominant = 0;  // or in float32, after this many dominant eigenvectors were taken out (dominant.h)
+
+  int64_t code() const { return dominant > 0 ? 1 + dominant : steep ? 1 : 0; }
+  static RankForm of(int64_t code) { return {code != 0, std::max<int64_t>(code - 1, 0)}; }
+};
+
 // Effective rank of a matrix that is not held in memory, in three steps: the Gram matrix (all threads, one pass
 // over the rows), its eigenvalues (one thread: the caller may have other work for the others), and the value with
 // the m x m float64 matrix of its gradient (all threads), m = min(n, d).
@@ -75,20 +84,20 @@ class StreamedRank {
   // `exact`: float64 all the way.
   void measure(const RowSet& set, bool exact);
   void decompose();
-  // `exact`: the value needs full float64 accuracy. `gradient` may be null. `steep` receives whether products
-  // with the gradient's matrix have to run in float64.
-  double finish(bool exact, double* gradient, bool* steep);
+  // `exact`: the value needs full float64 accuracy. `gradient` may be null. `form` receives how products with the
+  // gradient's matrix have to run.
+  double finish(bool exact, double* gradient, RankForm* form);
 
   // All three.
-  double run(const RowSet& set, bool exact, double* gradient, bool* steep) {
+  double run(const RowSet& set, bool exact, double* gradient, RankForm* form) {
     measure(set, exact);
     decompose();
-    return finish(exact, gradient, steep);
+    return finish(exact, gradient, form);
   }
 
  private:
   double finish_exactly(double* gradient);
-  std::optional<double> finish_in_two_parts(bool exact, double* gradient);
+  std::optional<double> finish_in_two_parts(bool exact, double* gradient, RankForm* form);
 
   RowSet set_;
   int64_t m_ = 0, null_ = 0;
