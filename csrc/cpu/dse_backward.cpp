@@ -19,6 +19,7 @@
 #include "cpu/dse_state.h"
 #include "cpu/operators.h"
 #include "cpu/products.h"
+#include "cpu/stage.h"
 #include "cpu/validate.h"
 
 namespace dse::cpu {
@@ -211,6 +212,7 @@ class Backward {
 
   void rank_gradient_of(const RowSet& set, const double* saved, RankForm form, RankWorkspace& ws, T* accumulator,
                         int64_t first_row) const {
+    DSE_STAGE("backward: rank");
     // A steep spectrum leaves small differences of large terms, which only float64 keeps; so do features (without
     // normalization) whose inverse squares leave the range of float32.
     const int64_t side = dim_side(p_);
@@ -294,6 +296,7 @@ class Backward {
   }
 
   void add_radii(int64_t g, T* sum, int64_t first_row) {
+    DSE_STAGE("backward: clusters");
     const int64_t d = p_.dim;
     const int64_t first_image = g * p_.group_images;
     const int64_t last_image = std::min(first_image + p_.group_images, p_.images);
@@ -333,6 +336,7 @@ class Backward {
 
   // Distances, then the normalization: dz = (g - x <x, g>) / ||z||.
   void finish_rows(int64_t g, const T* sum) {
+    DSE_STAGE("backward: distances, normalization");
     const int64_t begin = p_.group_begin(g), end = p_.group_end(g), n = end - begin, d = p_.dim;
     const int64_t k = p_.global_clusters;
     const double* mean = real_ + rows_at_.mean();

@@ -24,6 +24,7 @@
 #include "cpu/operators.h"
 #include "cpu/row_statistics.h"
 #include "cpu/spectrum.h"
+#include "cpu/stage.h"
 #include "cpu/validate.h"
 
 namespace dse::cpu {
@@ -136,6 +137,7 @@ class Forward {
   }
 
   void label_locally(const std::optional<Tensor>& given) {
+    DSE_STAGE("local k-means");
     int64_t* out = labels(local_labels_);
     if (given) {
       copy_labels(*given, out);
@@ -150,6 +152,7 @@ class Forward {
   }
 
   void label_globally(const std::optional<Tensor>& given, const std::optional<Tensor>& given_centroids) {
+    DSE_STAGE("global k-means");
     int64_t* out = labels(global_labels_);
     auto* centroids = static_cast<T*>(centroids_.mutable_data_ptr());
     const int64_t k = p_.global_clusters, d = p_.dim;

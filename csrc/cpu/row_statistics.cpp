@@ -8,6 +8,7 @@
 #include "cpu/parallel.h"
 #include "cpu/products.h"
 #include "cpu/spectrum.h"
+#include "cpu/stage.h"
 
 namespace dse::cpu {
 namespace {
@@ -32,6 +33,7 @@ double safe_norm(const double* row, int64_t d) {
 }  // namespace
 
 bool row_scales(const Features& x, bool normalize, double* scale) {
+  DSE_STAGE("row norms");
   const int64_t n = x.rows(), d = x.dim, block = reduction_rows(n), blocks = (n + block - 1) / block;
   Buffer<double> rows(max_workers() * d);
   std::atomic<bool> finite{true};
@@ -58,6 +60,7 @@ bool group_is_finite(const Features& x, int64_t g) {
 }
 
 double average_norm(const Features& x, double* mean, double* mean_direction) {
+  DSE_STAGE("spread");
   const int64_t n = x.rows(), d = x.dim, block = reduction_rows(n), blocks = (n + block - 1) / block;
   column_means({&x, nullptr, 0, n, false}, mean);
   Buffer<double> partial(blocks * (2 * d + 2));
@@ -94,6 +97,7 @@ double average_norm(const Features& x, double* mean, double* mean_direction) {
 
 bool nearest_other_centroid(const Features& x, int64_t first, int64_t last, const int64_t* labels,
                             const double* centroids, int64_t k, int64_t* nearest, double* distance) {
+  DSE_STAGE("nearest other centroid");
   const int64_t d = x.dim, ld = padded(d), n = last - first;
   constexpr int64_t kRows = 32;
   std::vector<int64_t> present;

@@ -12,6 +12,7 @@
 
 #include "cpu/aten.h"
 #include "cpu/products.h"
+#include "cpu/stage.h"
 
 namespace dse::cpu {
 namespace {
@@ -321,6 +322,7 @@ struct Spectrum {
 };
 
 void fill_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
+  DSE_STAGE("clusters: Gram matrices");
   const int64_t d = set.x->dim, n = set.n, ldm = gram_ld(d), ldg = gram_ld(s.m);
   double* matrix = ws.matrix.reserve(n * ldm);
   s.floor = noise_floor(gather_rows(set, matrix, ldm), n);
@@ -348,6 +350,7 @@ void fill_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
 
 // Eigenvalues of the Gram matrices, which are destroyed.
 void decompose(Spectrum* spectra, int64_t count, SpectralWorkspace& ws) {
+  DSE_STAGE("clusters: tridiagonal form, eigenvalues");
   const double* matrices[kLanes];
   const double* couplings[kLanes];
   double* values[kLanes];
@@ -412,6 +415,7 @@ ShiftedInverses gradient_function(SpectralKind kind, const double* values, int64
 // Functions of the Gram matrices that are `wanted`, into the memory of those.
 void apply_functions(const RowSet* sets, const Spectrum* spectra, const ShiftedInverses* functions,
                      const bool* wanted, int64_t count, SpectralWorkspace& ws) {
+  DSE_STAGE("clusters: gradient matrices");
   const ShiftedInverses* chosen[kLanes];
   double* out[kLanes];
   int64_t ld[kLanes], used = 0;
@@ -541,6 +545,7 @@ template void spectral_functions<double>(const RowSet*, int64_t, SpectralKind, S
                                          SpectralWorkspace&);
 
 void StreamedRank::measure(const RowSet& set, bool exact) {
+  DSE_STAGE("rank: second moment");
   set_ = set;
   m_ = std::min(set.n, set.x->dim);
   const int64_t ldg = stream_ld(m_);
@@ -570,6 +575,7 @@ void StreamedRank::measure(const RowSet& set, bool exact) {
 }
 
 void StreamedRank::decompose() {
+  DSE_STAGE("rank: tridiagonal form, eigenvalues");
   if (!finite_) return;
   const int64_t ldg = stream_ld(m_);
   double* gram = ws_.gram[0].data();
@@ -588,6 +594,7 @@ void StreamedRank::decompose() {
 }
 
 double StreamedRank::finish(bool exact, double* gradient, RankForm* form) {
+  DSE_STAGE("rank: gradient matrix");
   const int64_t ldg = stream_ld(m_);
   *form = {};
   bool steep = false;
