@@ -57,9 +57,9 @@ class JacobiFunctions {
 
 }  // namespace
 
-double ShiftedInverses::at_zero() const {
+double ShiftedInverses::at(double eigenvalue) const {
   double total = 0.0;
-  for (size_t s = 0; s < shift.size(); ++s) total += weight[s] / shift[s];
+  for (size_t s = 0; s < shift.size(); ++s) total += weight[s] / (eigenvalue + shift[s]);
   return total;
 }
 
@@ -86,17 +86,19 @@ ShiftedInverses inverse_square_root(double smallest, double largest, double erro
   return out;
 }
 
-ShiftedInverses inverse_square_root_with_log(double smallest, double largest, double root, double log,
-                                             double error) {
+InverseRootAndLog inverse_square_root_and_log(double smallest, double largest, double unit, double error) {
   const double step = kPi * kPi / std::log(2.0 / error), tail = std::log(1.0 / error) / 3.0 + 1.0;
   const double first = 0.5 * std::log(smallest) - tail, last = 0.5 * std::log(largest) + tail;
   const auto count = static_cast<int64_t>(std::ceil((last - first) / step)) + 1;
-  ShiftedInverses out;
+  const double origin = 0.5 * std::log(unit);
+  InverseRootAndLog out;
   const auto add = [&](double shift, double sum, double sum_of_logs) {
     // Far above the rounding of a vanishing eigenvalue: the shifted matrix stays positive definite. Such a shift
     // is still nothing beside `smallest`, or the spectrum is out of a Gram matrix's reach.
-    out.shift.push_back(std::max(shift, 1e-13 * largest));
-    out.weight.push_back(2.0 / kPi * step * (root * sum + 2.0 * log * sum_of_logs));
+    const double lifted = std::max(shift, 1e-13 * largest);
+    for (ShiftedInverses* function : {&out.root, &out.log}) function->shift.push_back(lifted);
+    out.root.weight.push_back(2.0 / kPi * step * sum);
+    out.log.weight.push_back(4.0 / kPi * step * (sum_of_logs - origin * sum));
   };
   for (int64_t j = 0; j < count; ++j) {
     const double x = first + static_cast<double>(j) * step, t = std::exp(x);

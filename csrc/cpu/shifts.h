@@ -13,17 +13,19 @@ struct ShiftedInverses {
   std::vector<double> shift, weight;
 
   int64_t size() const { return static_cast<int64_t>(shift.size()); }
-  // f(0), where an eigenvalue is known to vanish.
-  double at_zero() const;
+  // f(eigenvalue).
+  double at(double eigenvalue) const;
 };
 
 // A^-1/2 for eigenvalues in [smallest, largest], 0 < smallest, to a relative error of about `error` at each of
 // them. Finite outside too: at 0 a small multiple of smallest^-1/2.
 ShiftedInverses inverse_square_root(double smallest, double largest, double error);
 
-// A^-1/2 (root + log * ln A) in the same sense; the error is relative to A^-1/2 times the largest value of the
-// bracket.
-ShiftedInverses inverse_square_root_with_log(double smallest, double largest, double root, double log,
-                                             double error);
+// A^-1/2 and A^-1/2 ln(A / unit) at the same shifts, in the same sense; the error of the second is relative to
+// A^-1/2.
+struct InverseRootAndLog {
+  ShiftedInverses root, log;
+};
+InverseRootAndLog inverse_square_root_and_log(double smallest, double largest, double unit, double error);
 
 }  // namespace dse::cpu

@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
+#include <vector>
 
 #include "cpu/aten.h"
 #include "cpu/products.h"
@@ -398,18 +400,74 @@ constexpr double function_error() {
   return sizeof(T) == 8 ? 1e-11 : 3e-6;
 }
 
-// V diag(w / s) V^T as a function of the Gram matrix, w the weights of spectral_value_and_weights, on eigenvalues
-// first .. end of those given. `sigma`: all m singular values.
-ShiftedInverses gradient_function(SpectralKind kind, const double* values, int64_t first, int64_t end,
-                                  double value, const double* sigma, int64_t m, double error) {
-  const double smallest = values[first], largest = values[end - 1];
-  if (kind == SpectralKind::kNuclearNorm) return inverse_square_root(smallest, largest, error);
-  double sum = 0.0;
-  for (int64_t i = 0; i < m; ++i) sum += sigma[i];
-  // w = -(F / S) (log s - log S + log F), log s = log(lambda) / 2.
-  const double unit = -value / sum;
-  return inverse_square_root_with_log(smallest, largest, unit * (std::log(value) - std::log(sum)), 0.5 * unit,
-                                      error);
+// Eigenvalues of a Gram matrix, or of the part of one that a small matrix stands for.
+struct Part {
+  const double* values;
+  int64_t count;
+  ShiftedInverses function;  // out: V diag(w / s) V^T as a function of the matrix
+};
+
+// The gradient's functions of all parts together, w the weights of spectral_value_and_weights for m singular
+// values. Returns whether there is any gradient.
+bool gradient_functions(SpectralKind kind, Part* parts, int64_t count, double value, const double* sigma,
+                        const double* weight, int64_t m, double error) {
+  InverseRootAndLog both[2];
+  double root = 0.0, log = 0.0, sum = 0.0, most = 0.0;
+  for (int64_t i = 0; i < m; ++i) {
+    sum += sigma[i];
+    most = std::max(most, std::abs(weight[i]));
+  }
+  const double centre = std::sqrt(parts[0].values[0]) * std::sqrt(parts[0].values[parts[0].count - 1]);
+  if (kind == SpectralKind::kEffectiveRank) {
+    // Near its maximum, where all singular values are equal, the effective rank has next to no gradient, and an
+    // error is relative to that.
+    const double bracket = most * sum / value;
+    if (!(bracket > 4.0 * kEps)) return false;
+    error = std::max(error * std::min(bracket, 1.0), 4.0 * kEps);
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    Part& part = parts[p];
+    const double smallest = part.values[0], largest = part.values[part.count - 1];
+    if (kind == SpectralKind::kNuclearNorm) {
+      part.function = inverse_square_root(smallest, largest, error);
+      continue;
+    }
+    both[p] = inverse_square_root_and_log(smallest, largest, centre, error);
+    for (int64_t i = 0; i < part.count; ++i) {
+      root += part.values[i] * both[p].root.at(part.values[i]);
+      log += part.values[i] * both[p].log.at(part.values[i]);
+    }
+  }
+  if (kind == SpectralKind::kNuclearNorm) return true;
+  // w = -(F / S) (log s - log S + log F), log s = log(lambda) / 2. The second factor's constant makes sum w s
+  // vanish: the effective rank does not depend on the features' scale. Taken from the sums as they are, not from
+  // their limits, it makes that exact.
+  const double unit = -0.5 * value / sum, constant = -log / root;
+  for (int64_t p = 0; p < count; ++p) {
+    parts[p].function = both[p].log;
+    for (size_t s = 0; s < both[p].root.weight.size(); ++s) {
+      double& term = parts[p].function.weight[s];
+      term = unit * (term + constant * both[p].root.weight[s]);
+    }
+  }
+  return true;
+}
+
+// (I - 1 1^T / m) F (I - 1 1^T / m) of a symmetric matrix.
+void centre_both_ways(double* f, int64_t m, int64_t ld) {
+  std::vector<double> mean(static_cast<size_t>(m));
+  double total = 0.0;
+  for (int64_t i = 0; i < m; ++i) {
+    double sum = 0.0;
+    for (int64_t j = 0; j < m; ++j) sum += f[i * ld + j];
+    mean[static_cast<size_t>(i)] = sum / static_cast<double>(m);
+    total += sum;
+  }
+  total /= static_cast<double>(m * m);
+  for (int64_t i = 0; i < m; ++i) {
+    const double own = mean[static_cast<size_t>(i)] - total;
+    for (int64_t j = 0; j < m; ++j) f[i * ld + j] -= own + mean[static_cast<size_t>(j)];
+  }
 }
 
 // Functions of the Gram matrices that are `wanted`, into the memory of those.
@@ -433,10 +491,8 @@ void apply_functions(const RowSet* sets, const Spectrum* spectra, const ShiftedI
     if (!wanted[i]) continue;
     if (s.m > kLanesMaxSide) ws.large[i].apply(functions[i], s.gram);
     if (!sets[i].center || sets[i].n > sets[i].x->dim) continue;
-    // Centred rows sum to zero: their vector of ones takes no part.
-    const double ones = functions[i].at_zero() / static_cast<double>(s.m);
-    for (int64_t r = 0; r < s.m; ++r)
-      for (int64_t c = 0; c < s.m; ++c) s.gram[r * gram_ld(s.m) + c] -= ones;
+    // Centred rows sum to zero: their vector of ones, at an eigenvalue of rounding, takes no part.
+    centre_both_ways(s.gram, s.m, gram_ld(s.m));
   }
 }
 
@@ -527,7 +583,13 @@ void spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, Sp
       continue;
     }
     if (target.slot == nullptr) continue;
-    functions[i] = gradient_function(kind, s.values, s.null, s.m, target.value, sigma, s.m, function_error<T>());
+    Part part{s.values + s.null, s.m - s.null, {}};
+    if (!gradient_functions(kind, &part, 1, target.value, sigma, weight, s.m, function_error<T>())) {
+      std::fill_n(target.slot, s.m * s.m, T(0));
+      target.form = SavedForm::kGramSide;
+      continue;
+    }
+    functions[i] = std::move(part.function);
     wanted[i] = true;
   }
   apply_functions(sets, spectra, functions, wanted, count, ws);
@@ -626,15 +688,19 @@ double StreamedRank::finish(bool exact, double* gradient, RankForm* form) {
     return exact || !converged_ ? value : result;
   }
   if (gradient == nullptr) return result;
-  const ShiftedInverses function =
-      gradient_function(SpectralKind::kEffectiveRank, values, null_, m_, result, sigma, m_,
-                        exact ? function_error<double>() : function_error<float>());
+  Part part{values + null_, m_ - null_, {}};
+  if (!gradient_functions(SpectralKind::kEffectiveRank, &part, 1, result, sigma, weight, m_,
+                          exact ? function_error<double>() : function_error<float>())) {
+    std::fill_n(gradient, m_ * m_, 0.0);
+    return result;
+  }
   if (m_ <= kLanesMaxSide) {
-    const ShiftedInverses* functions = &function;
+    const ShiftedInverses* functions = &part.function;
     ws_.small.apply(&functions, &gram, &ldg);
   } else {
-    ws_.large[0].apply(function, gram);
+    ws_.large[0].apply(part.function, gram);
   }
+  if (set_.center && set_.n <= set_.x->dim) centre_both_ways(gram, m_, ldg);
   store_matrix(gram, m_, m_, ldg, gradient);
   return result;
 }
@@ -677,17 +743,18 @@ std::optional<double> StreamedRank::finish_in_two_parts(bool exact, double* grad
   if (!vanishes) *form = {true, few};
   if (gradient == nullptr) return value;
 
-  const double error = exact ? function_error<double>() : function_error<float>();
-  const auto function = [&](const double* eigenvalues, int64_t first, int64_t count) {
-    return gradient_function(SpectralKind::kEffectiveRank, eigenvalues, first, count, value, sigma, m, error);
-  };
+  Part parts[2]{{values + few, m - few, {}}, {part_values, few, {}}};
+  if (!gradient_functions(SpectralKind::kEffectiveRank, parts, vanishes ? 1 : 2, value, sigma, weight, m,
+                          exact ? function_error<double>() : function_error<float>())) {
+    std::fill_n(gradient, m * m, 0.0);
+    return value;
+  }
   double* gram = ws_.gram[0].data();
-  matrix.apply(function(values, few, m), gram);
+  matrix.apply(parts[0].function, gram);
   // (I - V V^T) F (I - V V^T) + V f V^T = F - V W^T - W V^T, W = F V - V (V^T F V + f) / 2.
   std::fill(part.data(), part.data() + few * ld, 0.0);
   if (!vanishes) {
-    const ShiftedInverses small = function(part_values, 0, few);
-    const ShiftedInverses* functions = &small;
+    const ShiftedInverses* functions = &parts[1].function;
     double* target = part.data();
     ws_.small.apply(&functions, &target, &ld);
   }

@@ -88,7 +88,11 @@ void check_gradient(const Tensor& grad, const Features& z, double expected, bool
   const double lost = z.array.type == ScalarType::Half ? 1e-7 * static_cast<double>(count) * 1e3 : 0.0;
   // The error of the gradient is promised relative to its norm.
   const double size = std::sqrt(squares * dot(x.data.data(), x.data.data(), count));
-  near(inner, expected, 0.0, gradient_tolerance(z, steep) * (size + std::abs(expected)) + lost + 1e-12, what);
+  const double allowed = gradient_tolerance(z, steep) * (size + std::abs(expected)) + lost + 1e-12;
+  require(std::abs(inner - expected) <= allowed, what, " along the features is ", inner, ", expected ", expected,
+          " +- ", allowed, "; features of kind ", static_cast<int>(z.kind), ", scale ", z.scale, ", ",
+          bytes_of(z.array.type), " bytes, shape ", z.array.tensor.size(0), " x ", z.array.tensor.size(1), " x ",
+          z.array.tensor.size(2));
 }
 
 void all_nan(const Tensor& t, const char* what) {
