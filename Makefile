@@ -80,7 +80,7 @@ fuzz: build ## random calls of the CPU kernels under sanitizers; SECONDS=600 SAN
 
 bench: build ## time it against lightly, PyTorch, scikit-learn, faiss and scipy; prints tables of ratios
 	@mkdir -p $(dir $(BENCH_OUT))
-	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json=$(BENCH_OUT) $(BENCH_ARGS)
+	$(PY) -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds --benchmark-json=$(BENCH_OUT) $(BENCH_ARGS)
 	@$(PY) -m benchmarks.report $(BENCH_OUT)
 
 bench-gate: build ## fail where it has become slower in relation to its peers (a minute at most)

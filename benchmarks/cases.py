@@ -9,6 +9,7 @@ from dse_ext.bench.case import MODES, Case
 from dse_ext.bench.inputs import make_features
 from dse_ext.bench.plan import QUICK_SHAPES, operation_cases
 from dse_ext.bench.plan import SHAPES as FULL_SHAPES
+from dse_ext.bench.registry import OPERATIONS
 from dse_ext.bench.regularizers import REGULARIZERS as IMPLEMENTATIONS
 from dse_ext.bench.regularizers import run
 from dse_ext.bench.scaling import scaling_cases
@@ -44,22 +45,18 @@ def _operations() -> tuple[Case, ...]:
     return (local, *parts)
 
 
+def _one_of_each() -> list[Case]:
+    shape = QUICK_SHAPES[0] if QUICK else (16, 196, 384)
+    own = [replace(_BASE, shape=shape), *operation_cases(_BASE, shape)]
+    return [case for case in own if case.mode == OPERATIONS[case.operation].modes[0]]
+
+
 def _threads() -> tuple[Case, ...]:
     """One case an operation with one thread and with all."""
-    shape = QUICK_SHAPES[0] if QUICK else (16, 196, 384)
-    own = [replace(_BASE, shape=shape), *operation_cases(_BASE, shape)]
-    training = [case for case in own if case.mode == "training" or case.operation == "kmeans"]
-    counts = sorted({1, max(THREADS, 2)})
+    counts = sorted({1, THREADS}) if THREADS > 1 else ()
     return tuple(
-        replace(case, part="threads", threads=count) for case in training for count in counts
+        replace(case, part="threads", threads=count) for case in _one_of_each() for count in counts
     )
-
-
-def _compiled() -> tuple[Case, ...]:
-    shape = QUICK_SHAPES[0] if QUICK else (16, 196, 384)
-    own = [replace(_BASE, shape=shape), *operation_cases(_BASE, shape)]
-    training = [case for case in own if case.mode == "training" or case.operation == "kmeans"]
-    return tuple(replace(case, part="compiled") for case in training)
 
 
 REGULARIZER_CASES = _regularizer()
@@ -68,4 +65,4 @@ SCALING_CASES = tuple(
     case for cases in scaling_cases(_BASE, quick=QUICK).values() for case in cases
 )
 THREADS_CASES = _threads()
-COMPILED_CASES = _compiled()
+COMPILED_CASES = tuple(replace(case, part="compiled") for case in _one_of_each())

@@ -10,9 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dse_ext.bench.case import Case
+from dse_ext.bench.case import DTYPES, Case
 
-__all__ = ["OURS", "Agreement", "Contestant", "Implementation", "Operation", "relative"]
+__all__ = [
+    "OURS",
+    "Agreement",
+    "Contestant",
+    "Implementation",
+    "Operation",
+    "gradient_tolerance",
+    "relative",
+    "value_tolerance",
+]
 
 OURS = "dse_ext"
 """Key of the implementation that the others are compared with."""
@@ -120,6 +129,22 @@ class Operation:
         values = torch.Size(case.shape).numel()
         side = min(values // case.shape[-1], case.shape[-1])
         return (self.bytes_per_value + 8) * values + 64 * side * side + (64 << 20)
+
+
+def gradient_tolerance(case: Case) -> float:
+    """What a peer's gradient may differ from ours by, relative, in a dtype.
+
+    A peer's float32 Gram matrix leaves noise in directions that a cluster does not have. That is a
+    visible share of the gradient where there are few directions at all: in tests, not in use.
+    """
+    if DTYPES[case.dtype].itemsize < 4:
+        return 2e-2
+    return 0.2 if case.dtype == "float32" and case.shape[-1] < 64 else 1e-3
+
+
+def value_tolerance(case: Case) -> float:
+    """What a peer's result may differ from ours by, relative, in a dtype."""
+    return 1e-3 if DTYPES[case.dtype].itemsize < 4 else 1e-4
 
 
 def relative(theirs: Tensor, ours: Tensor) -> float:

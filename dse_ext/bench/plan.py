@@ -80,16 +80,18 @@ def operation_cases(base: Case, shape: Shape) -> list[Case]:
         shape: (B, N, d).
 
     Returns:
-        k-means and nuclear norms of groups of eight images, the effective rank of all rows.
+        k-means and nuclear norms of groups of eight images, the effective rank of all rows. Tiny
+        groups have fewer clusters: with few rows in each, one draw says nothing about another.
     """
     images, positions, dim = shape
+    clusters = min(base.clusters, max(group_shape(shape)[1] // 8, 1))
     shapes: dict[str, tuple[int, ...]] = {
         "kmeans": group_shape(shape),
         "cluster_nuclear_norms": group_shape(shape),
         "effective_rank": (images * positions, dim),
     }
     return [
-        replace(base, operation=name, shape=own, mode=mode)
+        replace(base, operation=name, shape=own, mode=mode, clusters=clusters)
         for name, own in shapes.items()
         for mode in OPERATIONS[name].modes
     ]

@@ -21,7 +21,9 @@ from dse_ext.bench.operation import (
     Contestant,
     Implementation,
     Operation,
+    gradient_tolerance,
     relative,
+    value_tolerance,
 )
 
 __all__ = ["DSE_COMPONENTS", "REGULARIZERS", "Regularizer", "run", "wide"]
@@ -191,19 +193,18 @@ def _compare_lightly(case: Case, z: Tensor) -> list[Agreement]:
 
 
 def _agreements(case: Case, leaf: Tensor, theirs: Tensor, **clusters: Tensor) -> list[Agreement]:
-    half = DTYPES[case.dtype].itemsize < 4
     own = leaf.detach().clone().requires_grad_(case.mode == "training")
     options: dict[str, Any] = {"global_clusters": case.clusters, "group_images": _GROUP_IMAGES}
     ours = -dse_ext.dse_components(own, **{**options, **clusters}).score()
     loss = Agreement(
-        "loss at its clusters", relative(theirs.detach(), ours.detach()), 1e-3 if half else 1e-4
+        "loss at its clusters", relative(theirs.detach(), ours.detach()), value_tolerance(case)
     )
     if case.mode != "training":
         return [loss]
     (their_gradient,) = torch.autograd.grad(theirs, leaf)
     (our_gradient,) = torch.autograd.grad(ours, own)
     difference = relative(their_gradient, our_gradient)
-    return [loss, Agreement("gradient at its clusters", difference, 2e-2 if half else 1e-3)]
+    return [loss, Agreement("gradient at its clusters", difference, gradient_tolerance(case))]
 
 
 DSE_COMPONENTS = Operation(

@@ -20,7 +20,9 @@ from dse_ext.bench.operation import (
     Contestant,
     Implementation,
     Operation,
+    gradient_tolerance,
     relative,
+    value_tolerance,
 )
 from dse_ext.bench.regularizers import wide
 
@@ -52,17 +54,16 @@ def _contestant(make: Maker, case: Case, x: Tensor) -> Contestant:
 
 
 def _compare(make: Maker, ours: Maker, case: Case, x: Tensor) -> list[Agreement]:
-    half = DTYPES[case.dtype].itemsize < 4
     found = []
     for maker in (make, ours):
         contestant = _contestant(maker, case, x)
         value = torch.as_tensor(contestant.step(), device=x.device)
         found.append((value, contestant.gradient()))
     (value, gradient), (our_value, our_gradient) = found
-    agreements = [Agreement("values", relative(value, our_value), 1e-3 if half else 1e-4)]
+    agreements = [Agreement("values", relative(value, our_value), value_tolerance(case))]
     if gradient is not None and our_gradient is not None:
         difference = relative(gradient, our_gradient)
-        agreements.append(Agreement("gradient", difference, 2e-2 if half else 1e-3))
+        agreements.append(Agreement("gradient", difference, gradient_tolerance(case)))
     return agreements
 
 
