@@ -67,7 +67,8 @@ class Case:
         )
 
     def __str__(self) -> str:
-        return f"{self.operation} {self.shape} {self.mode}, {self.kind}, {self.dtype}"
+        k = "" if self.operation == "effective_rank" else f"k = {self.clusters}, "
+        return f"{self.operation} {self.shape} {self.mode}, {k}{self.kind}, {self.dtype}"
 
     def to_dict(self) -> dict[str, Any]:
         """The attributes as plain values."""
