@@ -181,7 +181,7 @@ KMEANS = Operation(
             needs=("faiss", "faiss-cpu"),
             on_gpu=False,
             remark="a Python loop over the sets; always all iterations, since it has no tolerance "
-            "of this kind; k-means++ seeds (random ones before faiss 1.13)",
+            "of this kind; k-means++ seeds, random ones where it is too old for them",
         ),
         "compiled": _implementation("batched, torch.compile", _compiled, compiled=True),
     },
