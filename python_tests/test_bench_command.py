@@ -86,7 +86,7 @@ def test_an_interruption_keeps_what_was_measured(tmp_path, monkeypatch):
 
     def interrupted(contestant, case, seed):
         steps.append(case)
-        if len(steps) > 13:
+        if len(steps) > 9:
             raise KeyboardInterrupt
         return one_step(contestant, case, seed)
 

@@ -16,7 +16,7 @@ from dse_ext.bench.operation import OURS
 from dse_ext.bench.plan import Settings, plan
 from dse_ext.bench.registry import OPERATIONS, contestants
 from dse_ext.bench.results import exponents, row_of, speedups, titles
-from dse_ext.bench.timing import Measurement, Predictor, measure
+from dse_ext.bench.timing import Measurement, Predictor, describe, measure
 
 __all__ = ["Run"]
 
@@ -25,11 +25,11 @@ Tell = Callable[[str, float], None]
 
 _WEIGHTS = {
     "operations": 10.0,
-    "memory": 2.0,
-    "scaling": 3.0,
-    "shares": 4.0,
+    "scaling": 2.0,
+    "shares": 2.0,
+    "memory": 3.0,
     "threads": 1.0,
-    "compiled": 4.0,
+    "compiled": 3.0,
 }
 """How the time that is left is shared among the parts that are left."""
 
@@ -87,9 +87,9 @@ class Run:
         """
         parts: dict[str, Iterator[float]] = {
             "operations": self._cases(self.plan.operations),
-            "memory": self._memory(),
             "scaling": self._cases(self.plan.scaling, rounds=(2, 5)),
             "shares": self._share_of_steps(),
+            "memory": self._memory(),
             "threads": self._cases(self.plan.threads, rounds=(2, 5)),
             "compiled": self._cases(self.plan.compiled, compiled=True),
         }
@@ -192,29 +192,30 @@ class Run:
             yield self.elapsed()
 
     def _memory(self) -> Iterator[float]:
-        """Extra peak memory of the training steps that were timed."""
-        for found in list(self._measurements):
-            if found.case not in self.plan.memory:
+        """Extra peak memory of the training steps that were timed: a process an implementation."""
+        timed = [found for found in self._measurements if found.case in self.plan.memory]
+        for key, name in titles("dse_components").items():
+            found = {entry.case: entry for entry in timed if key in entry.seconds}
+            if not found:
                 continue
-            for key in found.seconds:
-                name = titles(found.case.operation)[key]
-                what = f"memory of {name}: {found.case}"
-                if self.left() <= 0:
-                    self.skip(what, "time ran out")
-                    continue
-                self._tell(what, self.elapsed())
-                try:
-                    extra = extra_peak_bytes(key, [found.case], self.left())[found.case]
-                except subprocess.TimeoutExpired:
-                    self.skip(what, "time ran out")
-                except (RuntimeError, OSError) as error:
-                    self.skip(what, str(error))
-                else:
-                    if extra is None:
+            what = f"extra peak memory of {name}"
+            if self.left() <= 0:
+                self.skip(what, "time ran out")
+                continue
+            self._tell(what, self.elapsed())
+            try:
+                extra = extra_peak_bytes(key, list(found), self.left())
+            except subprocess.TimeoutExpired:
+                self.skip(what, "time ran out")
+            except (RuntimeError, OSError) as error:
+                self.skip(what, str(error))
+            else:
+                for case, peak in extra.items():
+                    if peak is None:
                         self.skip(what, "this system does not tell the peak of a process")
                     else:
-                        found.extra_peak_bytes[key] = extra
-                yield self.elapsed()
+                        found[case].extra_peak_bytes[key] = peak
+            yield self.elapsed()
 
     def _share_of_steps(self) -> Iterator[float]:
         for title in self.plan.shares:
@@ -242,7 +243,7 @@ class Run:
                     left=self.left,
                 )
             except (ImportError, RuntimeError) as error:
-                self.skip(what, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+                self.skip(what, describe(error))
                 continue
             self._shares.append(found)
             self._share_seconds = found["backbone_ms"] / 1e3 / operations

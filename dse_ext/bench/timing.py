@@ -1,14 +1,16 @@
 """Times a case: the implementations take turns, so that a slow phase of the machine meets all.
 
-Before anything is timed every implementation runs once, which loads libraries and starts threads,
-and every peer's result is compared with ours. A round is one step of each; rounds run in one order
-and in the opposite one by turns. Between steps there is a short pause: the threads of an OpenMP
-library spin for a while after their work, and each package may bring a library of its own.
+Before anything is timed every implementation runs once, which loads libraries and starts threads:
+ours by itself, a peer when its result is compared with ours. A round is one step of each; rounds
+run in one order and in the opposite one by turns. Between steps there is a short pause: the threads
+of an OpenMP library spin for a while after their work, and each package may bring a library of its
+own.
 """
 
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ __all__ = [
     "Measurement",
     "Predictor",
     "compile_now",
+    "describe",
     "get_ready",
     "measure",
     "one_step",
@@ -72,9 +75,17 @@ class Predictor:
         self._rates[case.operation, case.mode, key] = rate
 
     def seconds(self, case: Case, key: str) -> float | None:
-        """Seconds of a step, None where nothing like it was seen."""
-        rate = self._rates.get((case.operation, case.mode, key))
-        return None if rate is None else rate * torch.Size(case.shape).numel()
+        """Seconds of a step, None where nothing like it was seen; forward is below training."""
+        for mode in (case.mode, "training"):
+            if (rate := self._rates.get((case.operation, mode, key))) is not None:
+                return rate * torch.Size(case.shape).numel()
+        return None
+
+
+def describe(error: Exception) -> str:
+    """An error as one short line."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:200]}"
 
 
 def one_step(contestant: Contestant, case: Case, seed: int) -> float:
@@ -130,8 +141,7 @@ def compile_now(
     except TimeLimitReached as reached:
         return None, [], f"the compiler was stopped: {reached}"
     except Exception as error:  # whatever a compiler may raise
-        first = (str(error).strip().splitlines() or [""])[0]
-        return None, [], f"the compiler failed: {type(error).__name__}: {first[:200]}"
+        return None, [], f"the compiler failed: {describe(error)}"
     return contestant, agreements, None
 
 
@@ -185,16 +195,18 @@ def measure(
             try:
                 contestant, agreements = get_ready(case, key, x)
             except (ImportError, RuntimeError, ValueError) as error:
-                first = (str(error).strip().splitlines() or [""])[0]
-                reason = f"{type(error).__name__}: {first[:200]}"
+                reason = describe(error)
         result.agreements[key] = agreements
         reason = reason or result.disagreement(key)
         if contestant is None or reason is not None:
             result.left_out[key] = reason or "it was not ready"
             continue
-        known.learn(case, key, one_step(contestant, case, seed=0))  # the warm-up
+        if not agreements:
+            one_step(contestant, case, seed=0)  # the comparison was the others' warm-up
         ready[key] = contestant
     _take_turns(case, ready, result, seconds, rounds, left)
+    for key, values in result.seconds.items():
+        known.learn(case, key, statistics.median(values))
     return result
 
 
