@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -71,9 +72,13 @@ def test_missing_peers_are_named(tmp_path, monkeypatch, no_processes):
     arguments = ["--quick", "--out", tmp_path, "--threads", 1, "--shape", "6,16,8"]
     result = bench(*arguments, "--seconds", 600)
     assert result.exit_code == 0, result.output
-    assert "lightly for dse_components training: lightly is not installed" in result.output
-    assert "faiss for kmeans forward: faiss-cpu is not installed" in result.output
-    assert "ViT-Ti/16: timm is not installed" in result.output
+    for distribution, what in (
+        ("lightly", "lightly for dse_components training"),
+        ("faiss-cpu", "faiss for kmeans forward"),
+        ("timm", "share of a training step: ViT-Ti/16"),
+    ):
+        line = rf"skipped, {distribution} is not installed \(pip install 'dse-ext\[\w+\]'\): {what}"
+        assert re.search(line, result.output)
     assert "no figure: matplotlib is not installed" in result.output
     found = json.loads((tmp_path / "bench.json").read_text())
     assert {key for row in found["rows"] for key in row["ratio"]} >= {"batched", "svdvals"}
@@ -97,8 +102,8 @@ def test_an_interruption_keeps_what_was_measured(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["state"] == "interrupted"
     # The first case is whole, the second one has the rounds until then.
-    assert [row["shape"] for row in found["rows"]] == [[6, 16, 8], [4, 9, 12]]
-    assert found["rows"][0]["rounds"]["dse_ext"] == 2
+    assert [row["mode"] for row in found["rows"]] == ["training", "forward"]
+    assert [row["rounds"]["dse_ext"] for row in found["rows"]] == [2, 1]
 
 
 def test_what_does_not_fit_is_named_before_it_is_tried(monkeypatch):
@@ -156,8 +161,10 @@ def test_a_device_that_is_not_there_is_an_error(tmp_path):
 
 def test_the_default_plan_has_the_shapes_of_the_readme_first():
     made = plan(Settings(threads=2))
-    assert [case.shape for case in made.operations[:4]] == list(SHAPES)
-    assert {case.mode for case in made.operations[:4]} == {"training"}
+    assert made.operations[0].shape == SHAPES[0]
+    assert [case.shape for case in made.shapes[:3]] == list(SHAPES[1:])
+    assert {case.mode for case in made.shapes[:3]} == {"training"}
+    assert [case.shape for case in made.memory] == list(SHAPES)
     assert {case.threads for case in made.threads} == {1, 2}
     assert plan(Settings(threads=1)).threads == []
     assert plan(Settings(device="cuda", threads=2)).threads == []

@@ -146,7 +146,7 @@ def test_the_long_table_has_a_line_an_implementation(rows):
         ["forward", "mixture", "(2, 50, 8)", "24", "dse-ext", "2.0", "", "3"],
         ["", "", "", "", "scikit-learn", "8.0", "4.0×", "–"],
     ]
-    assert table.notes[0].endswith("at most: scikit-learn 0.2")
+    assert table.notes[0].endswith("what is allowed: scikit-learn 1.0e-02 of 5e-02")
     assert table.notes[-1] == "faiss left out at (2, 50, 8) forward: it failed"
 
 

@@ -56,7 +56,8 @@ class Plan:
     """Parts of a run in the order in which they are measured.
 
     Attributes:
-        operations: The regularizer's steps at every shape, then its parts at the first.
+        operations: The regularizer's steps and the parts of DSE at the first shape.
+        shapes: The regularizer's steps at the other shapes.
         memory: Training steps whose extra peak memory is measured.
         scaling: Training steps that vary one axis each.
         shares: Keys of `dse_ext.bench.share.BACKBONES`.
@@ -65,6 +66,7 @@ class Plan:
     """
 
     operations: Sequence[Case]
+    shapes: Sequence[Case]
     memory: Sequence[Case]
     scaling: Sequence[Case]
     shares: Sequence[str]
@@ -111,7 +113,8 @@ def plan(settings: Settings) -> Plan:
     counts = sorted({1, settings.threads})
     small = (8, 16, 8) if settings.quick else (16, 196, 384)
     return Plan(
-        operations=[*training, *parts, *forward],
+        operations=[training[0], forward[0], *parts],
+        shapes=[*training[1:], *forward[1:]],
         memory=training,
         scaling=[
             case for cases in scaling_cases(base, quick=settings.quick).values() for case in cases

@@ -16,6 +16,7 @@ from dse_ext.bench.case import DTYPES, Case
 from dse_ext.bench.compiled import compiled
 from dse_ext.bench.inputs import make_features
 from dse_ext.bench.operation import (
+    GRAM_REMARK,
     OURS,
     Agreement,
     Contestant,
@@ -152,6 +153,7 @@ def _compare_at_clusters_of(
         case,
         leaf,
         loss,
+        gradient_tolerance(case, gram=True),
         local_labels=local_labels,
         global_labels=torch.cat([part.reshape(-1, z.shape[1]) for part in global_labels]),
         global_centroids=torch.cat([_with_rows(c, k) for c in centroids if len(c)]),
@@ -184,6 +186,7 @@ def _compare_lightly(case: Case, z: Tensor) -> list[Agreement]:
         case,
         leaf,
         loss,
+        gradient_tolerance(case),
         local_labels=torch.stack([labels for _, labels in calls[:images]]),
         global_labels=torch.cat([labels for _, labels in calls[images:]]).reshape(
             images, positions
@@ -192,7 +195,9 @@ def _compare_lightly(case: Case, z: Tensor) -> list[Agreement]:
     )
 
 
-def _agreements(case: Case, leaf: Tensor, theirs: Tensor, **clusters: Tensor) -> list[Agreement]:
+def _agreements(
+    case: Case, leaf: Tensor, theirs: Tensor, tolerance: float, **clusters: Tensor
+) -> list[Agreement]:
     own = leaf.detach().clone().requires_grad_(case.mode == "training")
     options: dict[str, Any] = {"global_clusters": case.clusters, "group_images": _GROUP_IMAGES}
     ours = -dse_ext.dse_components(own, **{**options, **clusters}).score()
@@ -204,7 +209,7 @@ def _agreements(case: Case, leaf: Tensor, theirs: Tensor, **clusters: Tensor) ->
     (their_gradient,) = torch.autograd.grad(theirs, leaf)
     (our_gradient,) = torch.autograd.grad(ours, own)
     difference = relative(their_gradient, our_gradient)
-    return [loss, Agreement("gradient at its clusters", difference, gradient_tolerance(case))]
+    return [loss, Agreement("gradient at its clusters", difference, tolerance)]
 
 
 DSE_COMPONENTS = Operation(
@@ -217,7 +222,7 @@ DSE_COMPONENTS = Operation(
             REGULARIZERS["batched"].title,
             _prepare_batched,
             _compare_batched,
-            remark="Gram matrices in float32, which does not hold collapsed spectra",
+            remark=GRAM_REMARK,
         ),
         "lightly": Implementation(
             REGULARIZERS["lightly"].title,

@@ -280,15 +280,18 @@ def _notes(operation: str, measured: Sequence[str], rows: Sequence[dict[str, Any
     """How far the results agree, what is not equal, and what was left out."""
     names = titles(operation)
     notes = []
-    worst: dict[str, float] = {}
+    worst: dict[str, tuple[float, float]] = {}
     for row in rows:
         for key, agreements in row["agreement"].items():
             for found in agreements:
-                share = found["difference"] / found["tolerance"]
-                worst[key] = max(worst.get(key, 0.0), share)
+                pair = found["difference"], found["tolerance"]
+                worst[key] = max(worst.get(key, (0.0, 1.0)), pair, key=lambda p: p[0] / p[1])
     if worst:
-        text = ", ".join(f"{names[key]} {share:.2g}" for key, share in worst.items())
-        notes.append(f"difference of the results over the tolerance, at most: {text}")
+        text = ", ".join(
+            f"{names[key]} {difference:.1e} of {tolerance:.0e}"
+            for key, (difference, tolerance) in worst.items()
+        )
+        notes.append(f"largest difference from our result, and what is allowed: {text}")
     implementations = OPERATIONS[operation].implementations
     notes += [
         f"{names[key]}: {implementations[key].remark}"

@@ -16,6 +16,7 @@ from dse_ext.bench.operation import OURS
 from dse_ext.bench.plan import Settings, plan
 from dse_ext.bench.registry import OPERATIONS, contestants
 from dse_ext.bench.results import exponents, row_of, speedups, titles
+from dse_ext.bench.scaling import axis_value
 from dse_ext.bench.timing import Measurement, Predictor, describe, measure
 
 __all__ = ["Run"]
@@ -24,9 +25,10 @@ Tell = Callable[[str, float], None]
 """Told what is measured now, and the seconds since the beginning."""
 
 _WEIGHTS = {
-    "operations": 10.0,
+    "operations": 4.0,
     "scaling": 2.0,
     "shares": 2.0,
+    "shapes": 6.0,
     "memory": 3.0,
     "threads": 1.0,
     "compiled": 3.0,
@@ -89,6 +91,7 @@ class Run:
             "operations": self._cases(self.plan.operations),
             "scaling": self._cases(self.plan.scaling, rounds=(2, 5)),
             "shares": self._share_of_steps(),
+            "shapes": self._cases(self.plan.shapes, rounds=(2, 5)),
             "memory": self._memory(),
             "threads": self._cases(self.plan.threads, rounds=(2, 5)),
             "compiled": self._cases(self.plan.compiled, compiled=True),
@@ -159,7 +162,7 @@ class Run:
         self, cases: Sequence[Case], rounds: tuple[int, int] = (2, 7), compiled: bool = False
     ) -> Iterator[float]:
         for number, case in enumerate(cases):
-            what = f"{case}{f' ({case.part})' if case.part != 'operations' else ''}"
+            what = _name(case)
             if self.left() <= 0:
                 self.skip(what, "time ran out")
                 continue
@@ -187,8 +190,8 @@ class Run:
                 found=found,
                 compile_seconds=min(5.0 if self.settings.quick else 90.0, self.left()),
             )
-            for key, reason in found.left_out.items():
-                self.skip(f"{names[key]}: {what}", reason)
+            for key, reason in found.left_out.items() if not found.seconds else ():
+                self.skip(f"{names[key]}: {what}", reason)  # else it is in the row
             yield self.elapsed()
 
     def _memory(self) -> Iterator[float]:
@@ -248,3 +251,13 @@ class Run:
             self._shares.append(found)
             self._share_seconds = found["backbone_ms"] / 1e3 / operations
             yield self.elapsed()
+
+
+def _name(case: Case) -> str:
+    """A case among what is measured now or left out."""
+    if case.part.startswith("scaling"):
+        axis, value = axis_value(case)
+        return f"scaling, {axis} = {value}"
+    if case.part == "threads":
+        return f"{case.threads} threads: {case}"
+    return f"compiled: {case}" if case.part == "compiled" else str(case)

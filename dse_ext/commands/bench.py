@@ -173,8 +173,11 @@ def _print(console: Console, results: dict[str, Any]) -> None:
     )
     for table in tables(results["rows"], results["shares"], long=True):
         _print_table(console, table)
+    reasons: dict[str, list[str]] = {}
     for entry in results["skipped"]:
-        _say(console, f"skipped: {entry['what']}: {entry['reason']}", "yellow")
+        reasons.setdefault(entry["reason"], []).append(entry["what"])
+    for reason, what in reasons.items():
+        _say(console, f"skipped, {reason}: {'; '.join(what)}", "yellow")
 
 
 def _print_table(console: Console, table: Table) -> None:
