@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["bench_figure"]
 
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, MUTED)
-_MARKS = "os^DvP"
+_MARKS = "os^DvPX"
 
 
 def bench_figure(results: dict[str, Any]) -> Figure:
@@ -64,19 +64,13 @@ def bench_figure(results: dict[str, Any]) -> Figure:
 
 
 def _ratios(axis: Axes, rows: Sequence[dict[str, Any]], titles: dict[str, dict[str, str]]) -> None:
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    names = sorted({titles[row["operation"]][key] for row in rows for key in row["ratio"]})
-    style = {name: (_COLOURS[i % 6], _MARKS[i % 6]) for i, name in enumerate(names)}
-    shown: set[str] = set()
-    for y, row in enumerate(rows):
-        for key, ratio in row["ratio"].items():
-            name = titles[row["operation"]][key]
-            colour, mark = style[name]
-            axis.plot(
-                ratio, y, mark, color=colour, label=None if name in shown else name, alpha=0.9
-            )
-            shown.add(name)
+    names = {key: titles[row["operation"]][key] for row in rows for key in row["ratio"]}
+    for number, (key, name) in enumerate(names.items()):
+        points = [(row["ratio"][key], y) for y, row in enumerate(rows) if key in row["ratio"]]
+        mark, colour = _MARKS[number % len(_MARKS)], _COLOURS[number % len(_COLOURS)]
+        axis.plot(*zip(*points, strict=True), mark, color=colour, label=name, alpha=0.9)
     axis.set_yticks(
         range(len(rows)),
         [f"{r['operation']} {r['mode']} ({', '.join(map(str, r['shape']))})" for r in rows],
@@ -85,10 +79,11 @@ def _ratios(axis: Axes, rows: Sequence[dict[str, Any]], titles: dict[str, dict[s
     axis.invert_yaxis()
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-    axis.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.axvline(1, color=INK, linewidth=1)
     axis.set(title="Time of a peer over that of dse-ext", xlabel="right of 1×: dse-ext is faster")
-    axis.legend(fontsize=7.5, loc="best")
+    axis.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=4)
 
 
 def _scaling(axis: Axes, fits: Sequence[dict[str, Any]], titles: dict[str, dict[str, str]]) -> None:
@@ -116,6 +111,7 @@ def _scaling(axis: Axes, fits: Sequence[dict[str, Any]], titles: dict[str, dict[
 def _shares(axis: Axes, shares: Sequence[dict[str, Any]]) -> None:
     names = [f"{share['model']}\n{share['images']} images" for share in shares]
     values = [100 * share["share"] for share in shares]
+    axis.set_axisbelow(True)
     bars = axis.bar(names, values, color=BLUE, width=0.6)
     axis.bar_label(bars, fmt="%.1f %%", fontsize=8)
     axis.set(title="Share of a step", ylabel="dse-ext, %")

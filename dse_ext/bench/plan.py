@@ -58,7 +58,7 @@ class Plan:
     Attributes:
         operations: The regularizer's steps and the parts of DSE at the first shape.
         shapes: The regularizer's steps at the other shapes.
-        memory: Training steps whose extra peak memory is measured.
+        memory: The training step whose extra peak memory is measured.
         scaling: Training steps that vary one axis each.
         shares: Keys of `dse_ext.bench.share.BACKBONES`.
         threads: The same cases with one thread and with all.
@@ -115,7 +115,7 @@ def plan(settings: Settings) -> Plan:
     return Plan(
         operations=[training[0], forward[0], *parts],
         shapes=[*training[1:], *forward[1:]],
-        memory=training,
+        memory=training[:1],
         scaling=[
             case for cases in scaling_cases(base, quick=settings.quick).values() for case in cases
         ],

@@ -308,7 +308,7 @@ def _notes(operation: str, measured: Sequence[str], rows: Sequence[dict[str, Any
 
 def _speedup_table(entries: Sequence[dict[str, Any]]) -> Table:
     counts = sorted({count for entry in entries for count in entry["median_ms"]})
-    header = ["operation", "step", "shape", "implementation"]
+    header = ["operation", "step", "shape", ""]
     header += [f"{count} thread{'s' if count > 1 else ''}, ms" for count in counts] + ["speed-up"]
     lines = [
         [
@@ -325,19 +325,22 @@ def _speedup_table(entries: Sequence[dict[str, Any]]) -> Table:
 
 
 def _scaling_table(fits: Sequence[dict[str, Any]]) -> Table:
-    header = ["axis", "implementation", "sizes", "ms", "exponent", "between neighbours"]
+    header = ["axis", "", "sizes", "ms", "exponent", "between neighbours"]
     lines = [
         [
             fit["axis"],
             titles(fit["operation"])[fit["implementation"]],
-            ", ".join(map(str, fit["sizes"])),
-            ", ".join(f"{value:.1f}" for value in fit["median_ms"]),
+            f"{fit['sizes'][0]} to {fit['sizes'][-1]} ({len(fit['sizes'])})",
+            f"{fit['median_ms'][0]:.1f} to {fit['median_ms'][-1]:.1f}",
             f"{fit['exponent']:.2f}" + ("" if fit["error"] is None else f" ± {fit['error']:.2f}"),
             f"{fit['lowest']:.2f} to {fit['highest']:.2f}",
         ]
         for fit in fits
     ]
-    note = "time ∝ size^exponent: least squares in log-log, ± its standard error"
+    note = (
+        "time ∝ size^exponent: least squares through (points) in log-log, ± its standard error; "
+        f"at {fits[0]['threads']} threads"
+    )
     return Table("scaling of a training step of dse_components", header, lines, 4, [note])
 
 

@@ -28,8 +28,8 @@ _WEIGHTS = {
     "operations": 4.0,
     "scaling": 2.0,
     "shares": 2.0,
+    "memory": 1.0,
     "shapes": 6.0,
-    "memory": 3.0,
     "threads": 1.0,
     "compiled": 3.0,
 }
@@ -91,8 +91,8 @@ class Run:
             "operations": self._cases(self.plan.operations),
             "scaling": self._cases(self.plan.scaling, rounds=(2, 5)),
             "shares": self._share_of_steps(),
-            "shapes": self._cases(self.plan.shapes, rounds=(2, 5)),
             "memory": self._memory(),
+            "shapes": self._cases(self.plan.shapes, rounds=(2, 5)),
             "threads": self._cases(self.plan.threads, rounds=(2, 5)),
             "compiled": self._cases(self.plan.compiled, compiled=True),
         }
@@ -195,7 +195,7 @@ class Run:
             yield self.elapsed()
 
     def _memory(self) -> Iterator[float]:
-        """Extra peak memory of the training steps that were timed: a process an implementation."""
+        """Extra peak memory of the training step that was timed: a process an implementation."""
         timed = [found for found in self._measurements if found.case in self.plan.memory]
         for key, name in titles("dse_components").items():
             found = {entry.case: entry for entry in timed if key in entry.seconds}
