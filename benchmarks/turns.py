@@ -35,22 +35,26 @@ def eager(case: Case) -> list[str]:
     return [key for key, implementation in found.items() if not implementation.compiled]
 
 
-def turns(cases: Iterable[Case], keys: Keys = eager) -> list[Any]:
+def turns(cases: Iterable[Case], keys: Keys = eager, *, case_by_case: bool = False) -> list[Any]:
     """The parameters `turn`, `case` and `key` of a benchmark.
 
     Args:
         cases: What is measured.
         keys: Who takes part.
+        case_by_case: Whether the second turn of a case follows its first one. Compiling for
+            another case in between would drop what was compiled for this one.
 
     Returns:
         The first turn of all cases, then the second one, with the implementations in the
         opposite order.
     """
     own = list(cases)
+    order = [(turn, case) for turn in range(2) for case in own]
+    if case_by_case:
+        order.sort(key=lambda entry: own.index(entry[1]))
     return [
         pytest.param(turn, case, key, id=f"{case.part.replace(' ', '-')}-{case.name}-{key}-{turn}")
-        for turn in range(2)
-        for case in own
+        for turn, case in order
         for key in list(keys(case))[:: 1 - 2 * turn]
     ]
 

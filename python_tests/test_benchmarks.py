@@ -232,6 +232,19 @@ def test_cases_include_every_shape_in_both_modes():
     assert case.name == "kmeans-forward-mixture-8x1568x384-k24-float32-cpu-t2"
 
 
+def test_implementations_take_turns_in_opposite_orders():
+    pytest.importorskip("pytest_benchmark")
+    from benchmarks.turns import turns
+
+    def order(**options):
+        params = turns([one, other], lambda case: ["a", "b"], **options)
+        return ["".join(map(str, (p.values[0], p.values[1].shape[0], p.values[2]))) for p in params]
+
+    one, other = Case("effective_rank", (1, 8)), Case("effective_rank", (2, 8))
+    assert order() == ["01a", "01b", "02a", "02b", "11b", "11a", "12b", "12a"]
+    assert order(case_by_case=True) == ["01a", "01b", "11b", "11a", "02a", "02b", "12b", "12a"]
+
+
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
