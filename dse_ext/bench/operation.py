@@ -132,7 +132,7 @@ class Operation:
         return (self.bytes_per_value + 8) * values + 64 * side * side + (64 << 20)
 
 
-GRAM_REMARK = "float32 Gram matrices: gradients that are off by percents, collapsed spectra lost"
+GRAM_REMARK = "Gram matrices: in float32 gradients off by percents, collapsed spectra lost"
 """What peers give up that take singular values from the eigenvalues of Gram matrices."""
 
 
