@@ -180,8 +180,8 @@ KMEANS = Operation(
             _faiss,
             needs=("faiss", "faiss-cpu"),
             on_gpu=False,
-            remark="a Python loop over the sets, in float32; always all iterations, since it has no tolerance "
-            "of this kind; k-means++ seeds, random ones where it is too old for them",
+            remark="a Python loop over the sets, in float32; always all iterations, since it "
+            "has no tolerance of this kind; k-means++ seeds, random ones in older versions",
         ),
         "compiled": _implementation("batched, torch.compile", _compiled, compiled=True),
     },
