@@ -14,6 +14,7 @@ SECONDS ?= 600
 SANITIZER ?= address
 FUZZ_SEED ?= 0
 DEMO_ARGS ?= --preset demo --out runs/demo
+# Arguments for pytest that select groups, e.g. make bench BENCH_ARGS='-k "kmeans and not scaling"'.
 BENCH_ARGS ?=
 BENCH_OUT ?= benchmarks/results/latest.json
 WHEEL_DIR ?= dist
@@ -39,7 +40,7 @@ PYTHON_CODE := .
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help build demo test fuzz bench lint format docs wheel test-wheel gpu-check test-abi clean distclean
+.PHONY: help build demo test fuzz bench bench-gate lint format docs wheel test-wheel gpu-check test-abi clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,10 +78,13 @@ test: build ## run the tests
 fuzz: build ## random calls of the CPU kernels under sanitizers; SECONDS=600 SANITIZER=address|thread FUZZ_SEED=1
 	@$(PY) python_tests/hardening/sanitized.py $(SANITIZER) --seconds $(SECONDS) --seed $(FUZZ_SEED)
 
-bench: build ## time it against lightly and plain PyTorch; prints a table of ratios
+bench: build ## time it against lightly, PyTorch, scikit-learn, faiss and scipy; prints tables of ratios
 	@mkdir -p $(dir $(BENCH_OUT))
-	$(PY) -m pytest benchmarks --benchmark-only --benchmark-json=$(BENCH_OUT) $(BENCH_ARGS)
-	@$(PY) benchmarks/report.py $(BENCH_OUT)
+	$(PY) -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds --benchmark-json=$(BENCH_OUT) $(BENCH_ARGS)
+	@$(PY) -m benchmarks.report $(BENCH_OUT)
+
+bench-gate: build ## fail where it has become slower in relation to its peers (a minute at most)
+	@$(PY) -m benchmarks.gate
 
 lint: build ## check style, types and formatting
 	$(PY) -m ruff check $(PYTHON_CODE)

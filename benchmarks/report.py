@@ -1,22 +1,26 @@
-"""Turns the JSON of a benchmark run into a table of medians and ratios, and a compact summary.
+"""Turns the JSON of a benchmark run into tables of medians and ratios, and a compact summary.
 
-    python benchmarks/report.py benchmarks/results/latest.json [--save NAME] [--require RATIO]
+    python -m benchmarks.report benchmarks/results/latest.json [--save NAME] [--require RATIO]
 
-Needs the standard library alone. Exits with 1 where a measurement is missing or a requirement is
-not met, with 2 where the file cannot be read.
+Exits with 1 where a measurement is missing or a requirement is not met, with 2 where the file
+cannot be read.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-OURS = "dse_ext"
+from dse_ext.bench.case import Case
+from dse_ext.bench.operation import OURS, Agreement
+from dse_ext.bench.registry import OPERATIONS
+from dse_ext.bench.results import exponents, markdown, row_of, speedups, tables, titles
+from dse_ext.bench.timing import Measurement
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -24,92 +28,65 @@ def summarize(report: dict[str, Any]) -> dict[str, Any]:
     """The compact summary of a pytest-benchmark report.
 
     Args:
-        report: What `--benchmark-json` wrote. Every benchmark carries `implementation`, `title`,
-            `kind`, `shape` and `mode` in its `extra_info`, once also `extra_peak_bytes`.
+        report: What `--benchmark-json` wrote. A benchmark carries `case`, `implementation` and
+            `agreements` in its `extra_info`, once also `extra_peak_bytes`; or `share`.
 
     Returns:
-        `{"machine", "date", "titles", "rows"}`. A row is one case: its kind, shape and mode, and
-        per implementation the median over all rounds in milliseconds, the number of rounds, the
-        time in relation to ours, and the extra peak memory in bytes where it was measured.
+        `machine`, `date`, `titles`, and what `dse_ext.bench.run.Run.results` has under the same
+        names: `rows`, `scaling`, `threads` and `shares`.
 
     Raises:
         ValueError: If the report has no benchmark of this suite, or a case lacks ours.
     """
-    cases: dict[tuple[Any, ...], dict[str, Any]] = {}
-    titles: dict[str, str] = {}
+    found: dict[Case, Measurement] = {}
+    shares = []
     for benchmark in report.get("benchmarks", []):
         info = benchmark["extra_info"]
-        if "implementation" not in info:
+        if "share" in info:
+            shares.append(info["share"])
+        if "case" not in info:
             continue
-        key = info["implementation"]
-        titles.setdefault(key, info["title"])
-        row = cases.setdefault(
-            (info["mode"], info["kind"], *info["shape"]),
-            {
-                "mode": info["mode"],
-                "kind": info["kind"],
-                "shape": info["shape"],
-                "seconds": {},
-                "extra_peak_bytes": {},
-            },
-        )
-        row["seconds"].setdefault(key, []).extend(benchmark["stats"]["data"])
+        case, key = Case.from_dict(info["case"]), info["implementation"]
+        measurement = found.setdefault(case, Measurement(case))
+        measurement.seconds.setdefault(key, []).extend(benchmark["stats"]["data"])
+        measurement.agreements[key] = [Agreement(**values) for values in info["agreements"]]
         if info.get("extra_peak_bytes") is not None:
-            row["extra_peak_bytes"][key] = info["extra_peak_bytes"]
-    if not cases:
+            measurement.extra_peak_bytes[key] = info["extra_peak_bytes"]
+    if not found and not shares:
         raise ValueError("the report has no benchmark of this suite.")
-
-    for row in cases.values():
-        seconds = row.pop("seconds")
-        if OURS not in seconds:
-            raise ValueError(f"{_case_name(row)} was not measured for {OURS}.")
-        medians = {key: statistics.median(values) for key, values in seconds.items()}
-        row["median_ms"] = {key: round(1e3 * value, 3) for key, value in medians.items()}
-        row["rounds"] = {key: len(values) for key, values in seconds.items()}
-        row["ratio"] = {
-            key: round(value / medians[OURS], 2) for key, value in medians.items() if key != OURS
-        }
-    machine = report.get("machine_info", {}).get("dse", {})
+    for measurement in found.values():
+        if OURS not in measurement.seconds:
+            raise ValueError(f"{measurement.case} was not measured for {OURS}.")
+    rows = [row_of(measurement) for measurement in found.values()]
     return {
-        "machine": machine,
+        "machine": report.get("machine_info", {}).get("dse", {}),
         "date": report.get("datetime"),
-        "titles": titles,
-        "rows": list(cases.values()),
+        "titles": {name: titles(name) for name in OPERATIONS},
+        "rows": rows,
+        "scaling": exponents(rows),
+        "threads": speedups(rows),
+        "shares": shares,
     }
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The summary as an aligned Markdown table, under a line that names the machine."""
-    titles = summary["titles"]
-    peers = [key for key in titles if key != OURS]
-    header = ["step", "input", "(B, N, d)", f"{titles[OURS]}, ms"]
-    header += [f"{titles[key]}, ms" for key in peers]
-    header += [f"× {titles[key]}" for key in peers]
-    header += [f"memory {titles[key]}, MiB" for key in (OURS, *peers)]
-    lines = []
-    for row in summary["rows"]:
-        shape = ", ".join(map(str, row["shape"]))
-        line = [row["mode"], row["kind"], f"({shape})"]
-        line += [_number(row["median_ms"].get(key), ".1f") for key in (OURS, *peers)]
-        line += [_number(row["ratio"].get(key), ".1f") for key in peers]
-        peaks = row["extra_peak_bytes"]
-        line += [
-            _number(peaks[key] / 2**20 if key in peaks else None, ".0f") for key in (OURS, *peers)
-        ]
-        lines.append(line)
+def render(summary: dict[str, Any]) -> str:
+    """The summary as aligned Markdown tables, under a line that names the machine."""
     machine = summary["machine"]
-    facts = (
-        f"{machine.get('cpu', 'unknown CPU')}, {machine.get('threads', '?')} threads, "
-        f"torch {machine.get('torch', '?')}, lightly {machine.get('lightly', '?')}, "
-        f"dse-ext {machine.get('dse_ext', '?')}"
-    )
-    return f"{facts}\n\n{_markdown(header, lines)}"
+    blocks = [
+        f"{machine.get('gpu') or machine.get('cpu', 'unknown CPU')}, "
+        f"{machine.get('threads', '?')} threads, torch {machine.get('torch', '?')}, "
+        f"lightly {machine.get('lightly', '?')}, dse-ext {machine.get('dse_ext', '?')}"
+    ]
+    for table in tables(summary["rows"], summary["shares"]):
+        blocks += [f"### {table.title}", markdown(table)]
+        blocks += ["\n".join(f"- {note}" for note in table.notes)] if table.notes else []
+    return "\n\n".join(blocks)
 
 
 def unmet(
     summary: dict[str, Any], peer: str, ratio: float | None, memory: float | None
 ) -> list[str]:
-    """What does not hold of the requirements on the training steps.
+    """What does not hold of the requirements on the regularizer's training steps.
 
     Args:
         summary: What `summarize` returns.
@@ -123,50 +100,31 @@ def unmet(
     failures = []
     compared = {"ratio": 0, "memory": 0}
     for row in summary["rows"]:
-        if row["mode"] != "training":
+        if (row["part"], row["operation"], row["mode"]) != (
+            "operations",
+            "dse_components",
+            "training",
+        ):
             continue
+        name = f"training {row['kind']} {tuple(row['shape'])}"
         if ratio is not None and peer in row["ratio"]:
             compared["ratio"] += 1
             if row["ratio"][peer] < ratio:
                 failures.append(
-                    f"{_case_name(row)}: {row['ratio'][peer]:.2f}× faster than {peer}, "
-                    f"required {ratio:g}×"
+                    f"{name}: {row['ratio'][peer]:.2f}× faster than {peer}, required {ratio:g}×"
                 )
         peaks = row["extra_peak_bytes"]
         if memory is not None and peer in peaks and OURS in peaks:
             compared["memory"] += 1
             if peaks[OURS] > memory * peaks[peer]:
                 failures.append(
-                    f"{_case_name(row)}: {peaks[OURS] / peaks[peer]:.2f}× the extra peak memory "
+                    f"{name}: {peaks[OURS] / peaks[peer]:.2f}× the extra peak memory "
                     f"of {peer}, allowed {memory:g}×"
                 )
     for name, wanted in (("ratio", ratio), ("memory", memory)):
         if wanted is not None and not compared[name]:
             failures.append(f"no {name} against {peer} was measured")
     return failures
-
-
-def _case_name(row: dict[str, Any]) -> str:
-    return f"{row['mode']} {row['kind']} {tuple(row['shape'])}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
-    text_columns = 3
-
-    def join(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if i < text_columns else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * w if i < text_columns else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([join(header), join(rule), *(join(line) for line in lines)])
 
 
 def _write(summary: dict[str, Any], path: Path) -> None:
@@ -176,8 +134,8 @@ def _write(summary: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table, writes the summary and checks the requirements."""
-    parser = argparse.ArgumentParser(description="Table and summary of a benchmark run.")
+    """Prints the tables, writes the summary and checks the requirements."""
+    parser = argparse.ArgumentParser(description="Tables and summary of a benchmark run.")
     parser.add_argument("report", type=Path, help="what --benchmark-json wrote")
     parser.add_argument(
         "--save", metavar="NAME", help="keep the summary as benchmarks/results/NAME.json"
@@ -201,15 +159,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Cannot read the benchmark report {options.report}: {error}", file=sys.stderr)
         return 2
 
-    print(table(summary))
+    print(render(summary))
     if options.save is not None:
         _write(summary, RESULTS / f"{options.save}.json")
     else:
         _write(summary, options.report.with_name(f"{options.report.stem}-summary.json"))
 
-    missing = [key for key in ("lightly", "batched") if key not in summary["titles"]]
-    for key in missing:
-        print(f"Not measured: {key}.", file=sys.stderr)
+    measured = {key for row in summary["rows"] for key in row["median_ms"]}
+    for key in ("lightly", "batched"):
+        if summary["rows"] and key not in measured:
+            print(f"Not measured: {key}.", file=sys.stderr)
     failures = unmet(summary, "lightly", options.require, options.require_memory)
     for failure in failures:
         print(f"Requirement not met: {failure}.", file=sys.stderr)

@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 
 import dse_ext
-from benchmarks.machine import cpu_name
+from dse_ext.bench.machine import cpu_name
 from dse_ext.evaluation import EvaluateConfig, evaluate
 from dse_ext.evaluation.scores import FIGURES
 from dse_ext.files import save_text

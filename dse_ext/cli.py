@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from dse_ext.commands import evaluate, info, probe, select, train
+from dse_ext.commands import bench, evaluate, info, probe, select, train
 
 app = typer.Typer(
     name="dse-ext",
@@ -31,6 +31,7 @@ app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(probe.probe)
 app.command()(select.select)
+app.command()(bench.bench)
 
 
 def main() -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import features
 import pytest
 import torch
 from peer import run_lightly
 
 import dse_ext
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # benchmarks/ is no part of the installed package
-
-from benchmarks.batched_torch import BatchedDSERegularizer, effective_rank, kmeans  # noqa: E402
+from dse_ext.bench.batched_torch import (
+    BatchedDSERegularizer,
+    cluster_nuclear_norms,
+    effective_rank,
+    gram_singular_values,
+    kmeans,
+)
 
 #: Full groups of eight images and a smaller last one; N < local_clusters; more rows than d.
 SHAPES = [(19, 25, 32), (8, 20, 48), (3, 12, 16), (16, 2, 8), (1, 60, 24)]
@@ -122,6 +121,24 @@ def test_batched_kmeans_labels_are_the_nearest_centroids():
     torch.testing.assert_close(own, nearest, rtol=1e-4, atol=1e-4)
 
 
-def test_batched_effective_rank_is_ours():
+@pytest.mark.parametrize("singular_values", [gram_singular_values, torch.linalg.svdvals])
+def test_batched_effective_rank_is_ours(singular_values):
     x = features.clustered(1, 40, 12)[0]
-    assert effective_rank(x).item() == pytest.approx(dse_ext.effective_rank(x).item(), rel=1e-6)
+    expected = dse_ext.effective_rank(x).item()
+    assert effective_rank(x, singular_values).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("singular_values", [gram_singular_values, torch.linalg.svdvals])
+def test_batched_nuclear_norms_are_ours(singular_values):
+    x = features.clustered(3, 40, 12)
+    labels = kmeans(x, 5, (10, 1e-4))[1]
+    labels[1] = 2  # one large cluster, and four that are empty
+    norms, counts = cluster_nuclear_norms(x, labels, 5, singular_values)
+    torch.testing.assert_close(norms, dse_ext.cluster_nuclear_norms(x, labels, 5))
+    assert counts[1].tolist() == [0, 0, 40, 0, 0]
+
+
+def test_batched_groups_are_of_the_size_that_is_asked_for():
+    z = features.clustered(7, 12, 8)
+    _, global_labels, _ = BatchedDSERegularizer(global_clusters=6, group_images=3).clusters(z)
+    assert [tuple(labels.shape) for labels in global_labels] == [(2, 36), (1, 12)]

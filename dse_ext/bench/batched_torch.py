@@ -1,7 +1,8 @@
-"""The regularizer variant of DSE in batched PyTorch: the peer that a careful user would write.
+"""DSE and its parts in batched PyTorch: the peer that a careful user would write.
 
-It has no Python loop over images, groups or clusters, no custom kernel and no hand-written
-gradient: every step is a batched PyTorch operation and autograd does the rest. What is tuned:
+The regularizer has no Python loop over images, groups or clusters, no custom kernel and no
+hand-written gradient: every step is a batched PyTorch operation and autograd does the rest. What is
+tuned:
 
 - k-means++ updates the distance to the nearest centroid with the newest centroid only, and Lloyd
   iterations assign by one batched product and move the centroids by a product with the one-hot
@@ -19,6 +20,8 @@ it to that.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +38,7 @@ class BatchedDSERegularizer(Module):
         global_clusters: Number of clusters in each group of images.
         max_kmeans_iters: Maximum number of Lloyd iterations.
         tol: Centroid shift at which k-means stops.
+        group_images: Images in a group, `max(global_clusters // local_clusters, 1)` if None.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class BatchedDSERegularizer(Module):
         global_clusters: int = 24,
         max_kmeans_iters: int = 20,
         tol: float = 1e-4,
+        group_images: int | None = None,
     ) -> None:
         super().__init__()
         self.weight = weight
@@ -53,6 +58,7 @@ class BatchedDSERegularizer(Module):
         self.global_clusters = global_clusters
         self.max_kmeans_iters = max_kmeans_iters
         self.tol = tol
+        self.group_images = group_images or max(global_clusters // local_clusters, 1)
 
     def forward(self, z: Tensor) -> Tensor:
         """The loss of features of shape `(B, N, d)`, a 0-dim tensor."""
@@ -83,6 +89,7 @@ class BatchedDSERegularizer(Module):
         avg_norm = torch.linalg.vector_norm(x - x.mean(dim=(0, 1)), dim=-1).mean() + 1e-12
 
         norms, counts = cluster_nuclear_norms(x, local_labels, self.local_clusters)
+        norms = norms * _radius_scale(counts, x)
         valid = counts > 1
         per_image = norms.sum(dim=1) / valid.sum(dim=1).clamp(min=1)
         images = valid.any(dim=1).sum().clamp(min=1)
@@ -93,7 +100,7 @@ class BatchedDSERegularizer(Module):
             if group.shape[0] == 0:
                 continue
             norms, counts = cluster_nuclear_norms(group, labels, c.shape[1])
-            total = total + norms.sum()
+            total = total + (norms * _radius_scale(counts, x)).sum()
             clusters += int((counts > 1).sum())
             if c.shape[1] > 1:
                 inter.append(distance_to_nearest_other(group, labels, c).mean(dim=1))
@@ -108,7 +115,7 @@ class BatchedDSERegularizer(Module):
     def _groups(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The full groups `(G, g * N, d)` and the smaller last one `(0 or 1, n, d)`."""
         images, positions, dim = x.shape
-        size = max(self.global_clusters // self.local_clusters, 1)
+        size = self.group_images
         full = images // size * size
         rows = (images - full) * positions
         return (
@@ -183,16 +190,34 @@ def distance_to_nearest_other(x: Tensor, labels: Tensor, centroids: Tensor) -> T
     return distance
 
 
-def cluster_nuclear_norms(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Scaled nuclear norms of the centred clusters of a batch of problems.
+def _radius_scale(counts: Tensor, x: Tensor) -> Tensor:
+    """1 / √max(n_c − 1, d) of clusters of `counts` rows."""
+    return (counts - 1).clamp(min=x.shape[-1]).to(x.dtype).rsqrt()
+
+
+def gram_singular_values(blocks: Tensor) -> Tensor:
+    """Singular values of matrices `(m, n, d)` from the eigenvalues of the smaller Gram matrix."""
+    n, dim = blocks.shape[1:]
+    gram = torch.bmm(blocks, blocks.mT) if n <= dim else torch.bmm(blocks.mT, blocks)
+    return _square_roots(torch.linalg.eigvalsh(gram))
+
+
+def cluster_nuclear_norms(
+    x: Tensor,
+    labels: Tensor,
+    k: int,
+    singular_values: Callable[[Tensor], Tensor] = gram_singular_values,
+) -> tuple[Tensor, Tensor]:
+    """Nuclear norms of the centred clusters of a batch of problems.
 
     Args:
         x: `(G, n, d)`.
         labels: `(G, n)`, in [0, k).
         k: Number of clusters.
+        singular_values: Of matrices `(m, n, d)`, such as `torch.linalg.svdvals`.
 
     Returns:
-        ‖H X_c‖_* / √max(n_c − 1, d), `(G, k)`, 0 where n_c < 2; and n_c, `(G, k)`.
+        ‖H X_c‖_*, `(G, k)`, 0 where n_c < 2; and n_c, `(G, k)`.
     """
     problems, dim = x.shape[0], x.shape[2]
     one_hot = F.one_hot(labels, k)
@@ -223,9 +248,7 @@ def cluster_nuclear_norms(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Te
         # One row of zeros behind the last row is what the padding points to.
         index = torch.where(inside, (n_c.cumsum(0) - n_c).unsqueeze(1) + slots, len(part))
         block = F.pad(part, (0, 0, 0, 1))[index.reshape(-1)].reshape(len(n_c), width, dim)
-        gram = torch.bmm(block, block.mT) if width <= dim else torch.bmm(block.mT, block)
-        scale = (n_c - 1).clamp(min=dim).to(x.dtype).rsqrt()
-        norms.append(_square_roots(torch.linalg.eigvalsh(gram)).sum(dim=-1) * scale)
+        norms.append(singular_values(block).sum(dim=-1))
     return torch.cat(norms)[rank].reshape(problems, k), counts
 
 
@@ -236,10 +259,19 @@ def _bucket_lengths(sizes: Tensor, step: int = 16) -> list[int]:
     return lengths
 
 
-def effective_rank(x: Tensor) -> Tensor:
-    """The exponential of the entropy of the normalized singular values of a matrix."""
-    gram = x.mT @ x if x.shape[0] >= x.shape[1] else x @ x.mT
-    sigma = _square_roots(torch.linalg.eigvalsh(gram))
+def effective_rank(
+    x: Tensor, singular_values: Callable[[Tensor], Tensor] = gram_singular_values
+) -> Tensor:
+    """The exponential of the entropy of the normalized singular values of a matrix.
+
+    Args:
+        x: `(n, d)`.
+        singular_values: Of matrices `(m, n, d)`, such as `torch.linalg.svdvals`.
+
+    Returns:
+        0-dim.
+    """
+    sigma = singular_values(x.unsqueeze(0)).squeeze(0)
     p = sigma / (sigma.sum() + 1e-12)
     return torch.exp(torch.special.entr(p).sum())
 
