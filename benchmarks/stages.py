@@ -108,7 +108,12 @@ def stage_work(
         ),
         "clusters: tridiagonal form, eigenvalues": Work(double=cubes),
         "clusters: gradient matrices": Work(double=cubes),
-        "rank: second moment": Work(single=rows * d * m / 2, bytes=pass_),
+        # Of few rows in float64; of more in float32, where the spectrum allows it (these do).
+        "rank: second moment": Work(
+            single=rows * d * m / 2 if rows >= 4 * m else 0.0,
+            double=rows * d * m / 2 if rows < 4 * m else 0.0,
+            bytes=pass_,
+        ),
         "rank: tridiagonal form, eigenvalues": Work(double=2 / 3 * m**3),
         "rank: gradient matrix": Work(double=2 / 3 * m**3),
         "spread": Work(bytes=2 * pass_),
@@ -133,6 +138,7 @@ def build(folder: Path) -> None:
         "-O3",
         "-fno-math-errno",
         "-fPIC",
+        "-Wno-psabi",
         "-DDSE_STAGE_TIMES",
         f"-I{ROOT / 'csrc'}",
     ]
