@@ -397,7 +397,9 @@ struct EigenArgs {
   const int* finite = nullptr;  // groups with flag 0 get NaN and form -1; null: none
   double* norms = nullptr;      // all groups x k
   int64_t* forms = nullptr;     // all groups x k SavedForm, or null
-  int64_t shared = 0;           // doubles of dynamic shared memory
+  int* steep = nullptr;         // all groups x k, or null: flags of spectra for steep_clusters.cuh
+  double steep_ratio = 0.0;
+  int64_t shared = 0;  // doubles of dynamic shared memory
   int64_t shared_side = 0;
   double* workspace = nullptr;  // of large blocks
   int64_t block_space = 0;      // doubles
@@ -434,6 +436,10 @@ __device__ __forceinline__ void decompose_cluster(const EigenArgs& p, int64_t it
   for (int64_t s = 0; s < p.slabs; ++s) squares += p.squares[item * p.slabs + s];
   const double floor = noise_floor(sqrt(squares / static_cast<double>(own.n)), own.n);
   block_eigen(matrix, m, ld, values, vectors, p.want_w);
+  if (p.steep != nullptr) {
+    const bool steep = block_is_steep(values, m, null, floor, p.steep_ratio, scratch);
+    if (thread_id() == 0) p.steep[own.g * p.clusters.k + own.c] = steep ? 1 : 0;
+  }
   const double norm = block_spectral(SpectralKind::kNuclearNorm, matrix, values, m, ld, null < m ? null : m,
                                      floor, p.want_w ? gram : nullptr, m, scratch);
   if (thread_id() == 0) {
@@ -455,6 +461,7 @@ static __global__ __launch_bounds__(256, 1) void cluster_eigen_kernel(EigenArgs 
     if (thread_id() != 0) return;
     p.norms[own.g * p.clusters.k + own.c] = poisoned ? static_cast<double>(NAN) : 0.0;
     if (p.forms != nullptr) p.forms[own.g * p.clusters.k + own.c] = poisoned ? -1 : 0;
+    if (p.steep != nullptr) p.steep[own.g * p.clusters.k + own.c] = 0;
     return;
   }
   const int64_t m = cluster_side(own.n, p.dim, false);
@@ -501,7 +508,9 @@ struct ClusterNormArgs {
   const int* finite = nullptr;  // one flag a group of all, or null
   double* norms = nullptr;      // all groups x k
   int64_t* forms = nullptr;     // all groups x k, or null
-  int64_t gram_blocks = 2112;   // at most; blocks of the Gram kernel loop over tiles
+  int* steep = nullptr;         // all groups x k, or null: flags of spectra steeper than steep_ratio
+  double steep_ratio = 0.0;
+  int64_t gram_blocks = 2112;  // at most; blocks of the Gram kernel loop over tiles
   EigenPlan eigen;
 };
 
@@ -543,6 +552,8 @@ void run_cluster_norms(const ClusterNormArgs<S>& a, void* workspace, cudaStream_
   e.finite = a.finite;
   e.norms = a.norms;
   e.forms = a.forms;
+  e.steep = a.steep;
+  e.steep_ratio = a.steep_ratio;
   e.shared_side = side < a.eigen.shared_side ? side : a.eigen.shared_side;
   EigenPlan plan = a.eigen;
   plan.shared_side = e.shared_side;
