@@ -166,8 +166,8 @@ __device__ __forceinline__ void block_rotated_gram(const SteepMatrix<S>& a, cons
 DSE_HOST_DEVICE constexpr int jacobi_scratch(int m) { return 2 * (m + 1); }
 
 // Two-sided Jacobi rotations of a graded Gram matrix g (m x m, both triangles), all pairs of a round at a time,
-// with the rows of v rotated alike: g becomes diagonal. Rows whose square is at most `dead` are rounding and stay
-// as they are.
+// with the rows of v rotated alike: g becomes diagonal. Rows whose square is at most `dead` are rounding: they
+// are parted from the others, but not from each other.
 __device__ inline void block_jacobi(double* g, int64_t ldg, double* v, int64_t ldv, int m, double dead,
                                     double2* scratch) {
   const int players = (m + 1) / 2 * 2, pairs = players / 2, lane = lane_id();
@@ -191,7 +191,9 @@ __device__ inline void block_jacobi(double* g, int64_t ldg, double* v, int64_t l
         turn[at] = make_double2(1.0, 0.0);
         if (q >= m) continue;
         const double pp = g[p * ldg + p], qq = g[q * ldg + q], pq = g[p * ldg + q];
-        if (!(pp > dead && qq > dead && fabs(pq) > kJacobiTolerance * sqrt(pp) * sqrt(qq))) continue;
+        // False for a square that rounding made negative, too.
+        const bool coupled = fabs(pq) > kJacobiTolerance * sqrt(pp) * sqrt(qq);
+        if (!coupled || !(pp > dead || qq > dead)) continue;
         const double z = (qq - pp) / (2.0 * pq), root = sqrt(1.0 + z * z);
         const double tangent = 1.0 / (z < 0.0 ? z - root : z + root);
         const double cosine = 1.0 / sqrt(1.0 + tangent * tangent);
