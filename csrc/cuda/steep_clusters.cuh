@@ -95,7 +95,7 @@ __device__ __forceinline__ void settle_cluster(const FeatureView<S>& x, const St
 }
 
 template <class S>
-__global__ __launch_bounds__(kSteepThreads) void steep_clusters_kernel(FeatureView<S> x, SteepClusters p) {
+__global__ __launch_bounds__(kSteepThreads, 1) void steep_clusters_kernel(FeatureView<S> x, SteepClusters p) {
   const int64_t items = p.clusters.items();
   const int* flags = p.steep + p.clusters.group_begin * p.clusters.k;
   int64_t found = 0;
