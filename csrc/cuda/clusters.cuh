@@ -420,8 +420,16 @@ __device__ __forceinline__ void decompose_cluster(const EigenArgs& p, int64_t it
   double* gram = p.slots.at(p.clusters, own);
   double* values = vectors + eigen_scratch(m);
   double* scratch = values + eigen_even(m);
-  double zeros = 0.0;
-  for (int64_t i = thread_id(); i < m; i += block_threads()) zeros += gram[i * m + i] == 0.0 ? 1.0 : 0.0;
+  double zeros = 0.0, repeated = 0.0;
+  for (int64_t i = thread_id(); i < m; i += block_threads()) {
+    const double square = gram[i * m + i];
+    zeros += square == 0.0 ? 1.0 : 0.0;
+    if (p.steep == nullptr || square == 0.0) continue;
+    // Equal rows have equal products, to the last bit.
+    bool again = false;
+    for (int64_t j = 0; j < i && !again; ++j) again = gram[j * m + j] == square && gram[i * m + j] == square;
+    repeated += again ? 1.0 : 0.0;
+  }
   if (matrix != gram) {
     for (int i = warp_id(); i < m; i += block_warps()) {
       for (int j = lane_id(); j < m; j += kWarp) {
@@ -437,7 +445,9 @@ __device__ __forceinline__ void decompose_cluster(const EigenArgs& p, int64_t it
   const double floor = noise_floor(sqrt(squares / static_cast<double>(own.n)), own.n);
   block_eigen(matrix, m, ld, values, vectors, p.want_w);
   if (p.steep != nullptr) {
-    const bool steep = block_is_steep(values, m, null, floor, p.steep_ratio, scratch);
+    // Repeated rows hide vanishing singular values, too, but they are no reason to look any closer.
+    const int known = null + static_cast<int>(block_sum(repeated, scratch));
+    const bool steep = block_is_steep(values, m, known, floor, p.steep_ratio, scratch);
     if (thread_id() == 0) p.steep[own.g * p.clusters.k + own.c] = steep ? 1 : 0;
   }
   const double norm = block_spectral(SpectralKind::kNuclearNorm, matrix, values, m, ld, null < m ? null : m,
