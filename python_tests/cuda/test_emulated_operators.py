@@ -217,6 +217,61 @@ def test_components_of_a_collapsed_rank(emulated: Any, name: str, dtype: torch.d
         assert_close(a, b, parity.tolerance(dtype).component)
 
 
+@pytest.mark.parametrize("variant", ["evaluation", "paper"])
+def test_other_variants_of_a_collapsed_rank(emulated: Any, variant: str) -> None:
+    # Matrices of a rank of their own at every position, in one block each; all rows not normalized.
+    for normalize, dtype in ((True, torch.float64), (False, torch.float32)):
+        z = rank_collapsed(14, 5, 9).to(dtype)
+        check(emulated, Case(z, normalize=normalize), variant)
+
+
+def with_tail(*shape: int) -> Tensor:
+    """Matrices with two large singular values, and others from 1e-7 of the largest one down."""
+    generator = torch.Generator().manual_seed(3)
+    u, _, vh = torch.linalg.svd(
+        torch.randn(shape, dtype=torch.float64, generator=generator), full_matrices=False
+    )
+    tail = 1e-7 * torch.logspace(0, -0.5, min(shape[-2:]) - 2, dtype=torch.float64)
+    return (u * torch.cat([torch.tensor([1.0, 0.5], dtype=torch.float64), tail])) @ vh
+
+
+# Matrices on either side, few and many, of sides up to 128 and above.
+STEEP = [(3, 40, 12), (3, 12, 40), (10, 30, 9), (1, 300, 140), (1, 140, 200)]
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("shape", STEEP)
+def test_effective_rank_of_a_steep_spectrum(
+    emulated: Any, shape: tuple[int, int, int], center: bool
+) -> None:
+    x = with_tail(*shape)
+    limits = parity.tolerance(torch.float64)
+    wide = x.clone().requires_grad_()
+    expected = torch.stack([oracle.effective_rank(own, center) for own in wide])
+    grad = random(shape[0], seed=4)
+    (wanted,) = torch.autograd.grad((expected * grad).sum(), wide)
+    ranks, saved, form = emulated.effective_rank(x, center)
+    gradient = emulated.effective_rank_backward(grad, x, saved, form, center)
+    assert_close(ranks, expected.detach(), limits.component)
+    assert_close(emulated.effective_rank(x, center, False)[0], ranks, 1e-12)
+    assert_close(gradient, wanted, limits.gradient)
+
+
+@pytest.mark.parametrize("shape", STEEP)
+def test_nuclear_norms_of_a_steep_spectrum(emulated: Any, shape: tuple[int, int, int]) -> None:
+    x, one = with_tail(*shape), torch.zeros(shape[:2], dtype=torch.int64)
+    limits = parity.tolerance(torch.float64)
+    wide = x.clone().requires_grad_()
+    expected = oracle.cluster_nuclear_norms(wide, one, 1)
+    grad = random(shape[0], 1, seed=4)
+    (wanted,) = torch.autograd.grad((expected * grad).sum(), wide)
+    norms, saved, form = emulated.cluster_nuclear_norms(x, one, 1)
+    gradient = emulated.cluster_nuclear_norms_backward(grad, x, one, saved, form)
+    assert_close(norms, expected.detach(), limits.component)
+    assert_close(emulated.cluster_nuclear_norms(x, one, 1, False)[0], norms, 1e-12)
+    assert_close(gradient, wanted, limits.gradient)
+
+
 @pytest.mark.parametrize("dtype", parity.DTYPES)
 def test_components_of_each_dtype(emulated: Any, dtype: torch.dtype) -> None:
     check(emulated, Case(random(5, 12, 20, dtype=dtype)), "regularizer")
