@@ -4,7 +4,7 @@
 // The kernels that decomposed the Gram matrices left a flag for every cluster. A block looks through the flags of
 // all clusters and takes every gridDim.x-th of those that are set; without any it is gone after one read a
 // thread, which is all that the usual call pays. Small matrices have a launch of their own, with both matrices in
-// shared memory; a few blocks with memory of their own take the others.
+// shared memory; blocks with memory of their own take the others, fewer of them for the largest.
 //
 // Cost of one steep cluster of 65 x 1024, estimated: 0.1 Gflop for the rotated Gram matrix (1 ms by one block),
 // then a QL chain and eight sweeps of Jacobi rotations, 1 ms together. One of 1024 x 1024: seconds.
@@ -125,42 +125,47 @@ SteepClusters steep_clusters(const ClusterNormArgs<S>& a) {
   return s;
 }
 
-// How steep matrices are shared out on a device.
+// How steep matrices are shared out on a device: a launch for each range of sides.
 struct SteepPlan {
-  int64_t side = 0;  // of the largest matrix
-  int64_t dim = 0;
-  int64_t shared_side = 0;  // up to this side in shared memory
-  int64_t small_blocks = 0, large_blocks = 0;
-  int64_t large_shared = 0;  // doubles of shared memory of a large block
+  struct Range {
+    int64_t most = 0;    // sides up to this, above the range before
+    int64_t blocks = 0;  // at least one
+    int64_t shared = 0;  // doubles of shared memory
+    int64_t space = 0;   // doubles of workspace a block
+    bool in_shared = false;
+  };
+  Range ranges[3];
+  int count = 0;
 
-  int64_t mean_space() const { return ceil_div(dim, 2) * 2; }
-  int64_t large_space() const { return mean_space() + 2 * eigen_square(side) + eigen_vectors(side); }
-  int64_t small_shared() const {
-    return kSteepTileDoubles + 2 * eigen_square(shared_side) + eigen_vectors(shared_side);
-  }
   // Bytes; the launches follow each other.
   int64_t workspace() const {
-    return static_cast<int64_t>(sizeof(double)) *
-           std::max(small_blocks * mean_space(), large_blocks * large_space());
+    int64_t doubles = 0;
+    for (int i = 0; i < count; ++i) doubles = std::max(doubles, ranges[i].blocks * ranges[i].space);
+    return static_cast<int64_t>(sizeof(double)) * doubles;
   }
 };
 
-// items: matrices of a call; side: of the largest one; bytes: about what the large blocks may take together, if
-// that is enough for four.
+// items: matrices of a call; side: of the largest one; bytes: about what the blocks of a launch may take
+// together, if that is enough for four.
 inline SteepPlan plan_steep(int64_t items, int64_t side, int64_t dim, size_t shared_limit, int multiprocessors,
                             int64_t bytes) {
-  constexpr int64_t kOwnBytes = 12 << 10, kMostShared = 128, kLargeShared = 16384;
-  const int64_t room = (static_cast<int64_t>(shared_limit) - kOwnBytes) / static_cast<int64_t>(sizeof(double));
+  constexpr int64_t kOwnBytes = 12 << 10, kMostShared = 128, kMedium = 256, kMostVectors = 16384;
+  constexpr auto kDouble = static_cast<int64_t>(sizeof(double));
+  const int64_t room = (static_cast<int64_t>(shared_limit) - kOwnBytes) / kDouble;
+  const int64_t mean = ceil_div(dim, 2) * 2, most_blocks = std::min<int64_t>(items, multiprocessors);
+  const auto doubles = [](int64_t m) { return 2 * eigen_square(m) + eigen_vectors(m); };
+  int64_t small = std::min(side, kMostShared);
+  while (small > 1 && kSteepTileDoubles + doubles(small) > room) --small;
   SteepPlan plan;
-  plan.side = side;
-  plan.dim = dim;
-  plan.shared_side = std::min(side, kMostShared);
-  while (plan.shared_side > 1 && plan.small_shared() > room) --plan.shared_side;
-  plan.small_blocks = std::min<int64_t>(items, multiprocessors);
-  if (side <= plan.shared_side) return plan;
-  const int64_t fitting = bytes / (static_cast<int64_t>(sizeof(double)) * plan.large_space());
-  plan.large_blocks = std::min({items, std::max<int64_t>(fitting, 4), static_cast<int64_t>(multiprocessors)});
-  plan.large_shared = std::min(room, kSteepTileDoubles + std::min(kLargeShared, eigen_vectors(side)));
+  plan.ranges[plan.count++] = {small, most_blocks, kSteepTileDoubles + doubles(small), mean, true};
+  const auto add = [&](int64_t most) {
+    const int64_t space = mean + doubles(most), fitting = bytes / (kDouble * space);
+    plan.ranges[plan.count++] = {most, std::min(most_blocks, std::max<int64_t>(fitting, 4)),
+                                 std::min(room, kSteepTileDoubles + std::min(kMostVectors, eigen_vectors(most))),
+                                 space, false};
+  };
+  if (small < kMedium && side > kMedium) add(kMedium);
+  if (side > small) add(side);
   return plan;
 }
 
@@ -168,22 +173,17 @@ template <class S>
 void run_steep_clusters(const FeatureView<S>& x, SteepClusters p, const SteepPlan& plan, void* workspace,
                         cudaStream_t stream) {
   p.workspace = static_cast<double*>(workspace);
-  p.least = 0;
-  p.most = plan.shared_side;
-  p.in_shared = true;
-  p.shared = plan.small_shared();
-  p.block_space = plan.mean_space();
-  const auto bytes = [](int64_t doubles) { return sizeof(double) * static_cast<size_t>(doubles); };
-  launch(DSE_KERNEL(steep_clusters_kernel<S>),
-         {grid_of(plan.small_blocks), kSteepThreads, bytes(p.shared), stream}, x, p);
-  if (plan.large_blocks == 0) return;
-  p.least = plan.shared_side;
-  p.most = plan.side;
-  p.in_shared = false;
-  p.shared = plan.large_shared;
-  p.block_space = plan.large_space();
-  launch(DSE_KERNEL(steep_clusters_kernel<S>),
-         {grid_of(plan.large_blocks), kSteepThreads, bytes(p.shared), stream}, x, p);
+  for (int i = 0; i < plan.count; ++i) {
+    const SteepPlan::Range& range = plan.ranges[i];
+    p.least = i > 0 ? plan.ranges[i - 1].most : 0;
+    p.most = range.most;
+    p.in_shared = range.in_shared;
+    p.shared = range.shared;
+    p.block_space = range.space;
+    launch(DSE_KERNEL(steep_clusters_kernel<S>),
+           {grid_of(range.blocks), kSteepThreads, sizeof(double) * static_cast<size_t>(range.shared), stream}, x,
+           p);
+  }
 }
 
 }  // namespace dse::cuda

@@ -442,6 +442,7 @@ int main() {
             SpectralKind::kNuclearNorm,
             false,
             size_t{64} << 10},
+           {"in memory, medium", {2, 24, 90, 145}, 258, SpectralKind::kNuclearNorm, false, size_t{64} << 10},
            {"values alone", {5, 9, 7, 12}, 8, SpectralKind::kNuclearNorm, false, size_t{163} << 10, false},
            {"ranks", {15, 4, 17, 30, 22, 9, 12}, 12, SpectralKind::kEffectiveRank},
        }) {
