@@ -292,6 +292,7 @@ class Forward {
     }
     r.finite = finite_;
     r.values = call_.template borrow<double>(r.count);
+    r.want_w = o_.save;
     r.w = o_.save ? data_of<double>(saved_dim_) : nullptr;
     {
       const Call::Scope scope(call_);

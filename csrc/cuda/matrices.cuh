@@ -206,8 +206,8 @@ inline void run_prepare_eigen(const GramRanks& r, int64_t count, double* out, Kn
 
 // eigenvalues (in: of matrix p; out: w_i / sigma_i) and the effective rank. One block a matrix; m + 33 doubles of
 // dynamic shared memory.
-static __global__ __launch_bounds__(kMatrixThreads) void eigen_ranks_kernel(GramRanks r, double* eigenvalues,
-                                                                            const KnownSpectrum* known) {
+static __global__ __launch_bounds__(kMatrixThreads, 1) void eigen_ranks_kernel(GramRanks r, double* eigenvalues,
+                                                                               const KnownSpectrum* known) {
   const int64_t p = blockIdx.x;
   const int m = static_cast<int>(r.n < r.dim ? r.n : r.dim);
   double* own = eigenvalues + p * m;

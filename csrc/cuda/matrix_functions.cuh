@@ -641,8 +641,8 @@ inline constexpr int kSteepShift = 2;
 
 // One block: the value and the two weights of F; where wanted (`steep`), also whether C has eigenvalues too small
 // for F beside those that vanish by construction, which are `null` and the zeros on its diagonal.
-static __global__ void __launch_bounds__(256) rank_finish(int64_t m, RankWorkspace w, ShiftTable table,
-                                                          bool gradient, double* value, int* steep, int null) {
+static __global__ void __launch_bounds__(256, 1) rank_finish(int64_t m, RankWorkspace w, ShiftTable table,
+                                                             bool gradient, double* value, int* steep, int null) {
   __shared__ double scratch[33];
   const RankScalars s = *w.scalars;
   double small = 0.0;
@@ -654,6 +654,7 @@ static __global__ void __launch_bounds__(256) rank_finish(int64_t m, RankWorkspa
     const double log_det = sum_partials(w.log_dets + j * w.tiles, w.tiles, scratch);
     if (j == kSteepShift) small = shift * shift * squares;
     const double first = static_cast<double>(m) - shift * trace, second = shift * (trace - shift * squares);
+#pragma unroll
     for (int k = 0; k < 2; ++k) {
       sums[k] += table.trace[k][0][j] * first + table.trace[k][1][j] * second + table.trace[k][2][j] * log_det;
     }
@@ -706,14 +707,14 @@ static __global__ void __launch_bounds__(kMatrixTileThreads) rank_write(int64_t 
 
 // c: m x m row-major on the device, of which only the upper triangle is read. workspace: effective_rank_workspace
 // (m, batch) bytes on the device. batch: shifted copies at a time (any number from 1; results do not depend on
-// it). value: one double on the device. f: m x m, both triangles, may be c; null for the value alone.
+// it). value: one double on the device. f: m x m, both triangles, may be c; not looked at without `gradient`.
 // steep: a flag on the device, set where the gradient needs the matrix behind c, of whose eigenvalues `null`
 // vanish by construction; or null.
-inline void run_effective_rank(const double* c, int64_t m, void* workspace, int batch, double* value, double* f,
-                               cudaStream_t stream, int* steep = nullptr, int null = 0) {
+inline void run_effective_rank(const double* c, int64_t m, void* workspace, int batch, bool gradient,
+                               double* value, double* f, cudaStream_t stream, int* steep = nullptr,
+                               int null = 0) {
   RankWorkspace w;
   rank_workspace_layout(m, batch, static_cast<double*>(workspace), &w);
-  const bool gradient = f != nullptr;
   const ShiftTable& table = gradient ? kGradientShifts : kValueShifts;
   const auto packed = static_cast<unsigned>(w.packed), tiles = static_cast<unsigned>(w.tiles);
   constexpr size_t kShared = 2 * kMatrixTile * kMatrixTilePitch * sizeof(double);

@@ -20,7 +20,9 @@ struct RankMatrices {
   const int* finite = nullptr;  // flag of matrix p: finite[p * finite_stride]
   int64_t finite_stride = 0;
   double* values = nullptr;  // count
-  double* w = nullptr;       // count x m x m, m = min(n, d), or null
+  // The host decides by this alone: a call that is recorded has no memory.
+  bool want_w = false;
+  double* w = nullptr;  // count x m x m, m = min(n, d), if wanted
 };
 
 // Every matrix as one cluster of a group of its own.
@@ -50,14 +52,14 @@ inline std::array<Tensor, 2> library_eigen(const Tensor& matrices) {
 }
 
 // Ranks of `count` large Gram matrices in full float64 accuracy.
-inline void library_ranks(Call& call, const GramRanks& r, int64_t count) {
+inline void library_ranks(Call& call, const GramRanks& r, int64_t count, bool want_w) {
   const int64_t m = std::min(r.n, r.dim);
   const Tensor matrices = call.temporary({count, m, m}, ScalarType::Double);
   auto* known = call.borrow<KnownSpectrum>(count);
   run_prepare_eigen(r, count, data_of<double>(matrices), known, call.stream);
   const auto [eigenvalues, vectors] = library_eigen(matrices);
   run_eigen_ranks(r, count, data_of<double>(eigenvalues), known, call.stream);
-  if (r.w == nullptr) return;
+  if (!want_w) return;
   run_scale_columns(const_data_of<double>(vectors), const_data_of<double>(eigenvalues), count, m,
                     data_of<double>(matrices), call.stream);
   Tensor rows = vectors;
@@ -145,10 +147,10 @@ void measure_ranks(Call& call, const FeatureView<S>& x, const RankMatrices& r) {
   void* moment_space = direct ? call.borrow_bytes(second_moment_workspace(d, splits)) : nullptr;
   void* list_space = direct ? nullptr : call.borrow_bytes(work_list_workspace(part));
   // Without a gradient the values of float32 need no more than a Gram matrix holds.
-  const bool refine = exact || r.w != nullptr;
+  const bool refine = exact || r.want_w;
   int* steep = refine ? call.borrow<int>(r.count) : nullptr;
   std::optional<SteepRanks<S>> again;
-  if (refine) again.emplace(call, x, n, part, direct, r.w != nullptr);
+  if (refine) again.emplace(call, x, n, part, direct, r.want_w);
   g.steep_ratio = steep_ratio<S>();
   void* rank_space = small || exact ? nullptr : call.borrow_bytes(effective_rank_workspace(m, batch));
 
@@ -173,17 +175,17 @@ void measure_ranks(Call& call, const FeatureView<S>& x, const RankMatrices& r) {
     }
     g.finite = r.finite + begin * r.finite_stride;
     g.values = r.values + begin;
-    g.w = r.w != nullptr ? r.w + begin * m * m : nullptr;
+    g.w = r.want_w ? r.w + begin * m * m : nullptr;
     g.steep = refine ? steep + begin : nullptr;
     if (small) {
       run_small_ranks(g, p.groups, call.stream);
     } else if (exact) {
-      library_ranks(call, g, p.groups);
+      library_ranks(call, g, p.groups, r.want_w);
     } else {
       for (int64_t j = 0; j < p.groups; ++j) {
-        run_effective_rank(g.grams + j * g.gram_stride, m, rank_space, batch, g.values + j,
-                           g.w != nullptr ? g.w + j * m * m : nullptr, call.stream,
-                           refine ? g.steep + j : nullptr, r.center && n <= d ? 1 : 0);
+        run_effective_rank(g.grams + j * g.gram_stride, m, rank_space, batch, r.want_w, g.values + j,
+                           r.want_w ? g.w + j * m * m : nullptr, call.stream, refine ? g.steep + j : nullptr,
+                           r.center && n <= d ? 1 : 0);
       }
     }
     if (refine) again->run(p, g, means, moment_space, splits, steep, r.values, call.stream);

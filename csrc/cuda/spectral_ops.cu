@@ -129,6 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> rank_forward(const Tensor& x, bool center, bo
   r.finite = finite;
   r.finite_stride = 1;
   r.values = call.borrow<double>(count);
+  r.want_w = save;
   r.w = save ? data_of<double>(saved) : nullptr;
   measure_ranks(call, view, r);
   run_store_centroids(r.values, count, finite, 1, data_of<C>(ranks), call.stream);

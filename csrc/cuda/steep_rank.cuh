@@ -4,7 +4,8 @@
 //
 // Every kernel looks at the matrix's flag first and leaves if it is not set. Cost of a steep one at 50 k rows and
 // d = 1024, estimated: 1.8 Tflop for the rotated second moment, 60 ms at half of 67 TFLOP/s; 0.3 s for the
-// eigenvectors and up to 2 s for ten sweeps of rotations (d^3, by one block: 0.1 s at d = 384).
+// eigenvectors and up to 4 s for the rotations where all directions are steep; both are one block's and grow as
+// d^3: a twentieth of that at d = 384.
 #pragma once
 
 #include "cuda/matrices.cuh"

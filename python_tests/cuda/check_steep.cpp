@@ -398,7 +398,7 @@ void check_flag(double ratio, int64_t zeros, bool steep) {
   int flag = -1;
   Doubles space = doubles(effective_rank_workspace(kSide, 4) / 8);
   emulation::schedule_seed = 5;
-  run_effective_rank(c.data(), kSide, space.data(), 4, &value, f.data(), nullptr, &flag);
+  run_effective_rank(c.data(), kSide, space.data(), 4, true, &value, f.data(), nullptr, &flag);
   expect(flag == (steep ? 1 : 0), "flag of a tail from " + std::to_string(std::log10(ratio)), flag);
 }
 
