@@ -72,7 +72,7 @@ def collect(
     Examples:
         >>> from dse_ext import plan
         >>> len(plan.collect((256, 196, 1024))["forward"]["steps"])  # doctest: +SKIP
-        94
+        208
     """
     if "_cuda" not in ops.LIBRARIES:
         from dse_ext.info import cuda_library_reason

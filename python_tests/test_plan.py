@@ -83,6 +83,25 @@ def test_options_change_the_plan() -> None:
 
 
 @needs_library
+def test_steep_spectra_have_their_launches_where_they_matter() -> None:
+    def steep(dtype: str, backward: bool) -> set[str]:
+        found = plan.collect((64, 196, 384), dtype, gpu="h200", backward=backward)
+        return {name for name in names(found, "forward") if name.startswith("steep_")}
+
+    values = {
+        f"steep_{what}_kernel"
+        for what in ("clusters", "rank_eigen", "rank_partials", "rank_settle")
+    }
+    assert steep("float32", backward=False) == set()
+    assert steep("float64", backward=False) == values
+    assert steep("float32", backward=True) == values | {"steep_rank_project_kernel"}
+    # A matrix of few rows has no second moment.
+    few = names(plan.collect((3, 2, 700), gpu="h200"), "forward")
+    assert "steep_clusters_kernel" in few
+    assert "steep_rank_eigen_kernel" not in few
+
+
+@needs_library
 def test_working_memory_is_bounded_by_the_features() -> None:
     # bfloat16 features of 98 MiB: neither pass takes three times as much beside what is kept.
     found = plan.collect((256, 196, 1024), "bfloat16", gpu="h200")

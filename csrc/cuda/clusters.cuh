@@ -397,7 +397,9 @@ struct EigenArgs {
   const int* finite = nullptr;  // groups with flag 0 get NaN and form -1; null: none
   double* norms = nullptr;      // all groups x k
   int64_t* forms = nullptr;     // all groups x k SavedForm, or null
-  int64_t shared = 0;           // doubles of dynamic shared memory
+  int* steep = nullptr;         // all groups x k, or null: flags of spectra for steep_clusters.cuh
+  double steep_ratio = 0.0;
+  int64_t shared = 0;  // doubles of dynamic shared memory
   int64_t shared_side = 0;
   double* workspace = nullptr;  // of large blocks
   int64_t block_space = 0;      // doubles
@@ -418,8 +420,16 @@ __device__ __forceinline__ void decompose_cluster(const EigenArgs& p, int64_t it
   double* gram = p.slots.at(p.clusters, own);
   double* values = vectors + eigen_scratch(m);
   double* scratch = values + eigen_even(m);
-  double zeros = 0.0;
-  for (int64_t i = thread_id(); i < m; i += block_threads()) zeros += gram[i * m + i] == 0.0 ? 1.0 : 0.0;
+  double zeros = 0.0, repeated = 0.0;
+  for (int64_t i = thread_id(); i < m; i += block_threads()) {
+    const double square = gram[i * m + i];
+    zeros += square == 0.0 ? 1.0 : 0.0;
+    if (p.steep == nullptr || square == 0.0) continue;
+    // Equal rows have equal products, to the last bit.
+    bool again = false;
+    for (int64_t j = 0; j < i && !again; ++j) again = gram[j * m + j] == square && gram[i * m + j] == square;
+    repeated += again ? 1.0 : 0.0;
+  }
   if (matrix != gram) {
     for (int i = warp_id(); i < m; i += block_warps()) {
       for (int j = lane_id(); j < m; j += kWarp) {
@@ -434,6 +444,12 @@ __device__ __forceinline__ void decompose_cluster(const EigenArgs& p, int64_t it
   for (int64_t s = 0; s < p.slabs; ++s) squares += p.squares[item * p.slabs + s];
   const double floor = noise_floor(sqrt(squares / static_cast<double>(own.n)), own.n);
   block_eigen(matrix, m, ld, values, vectors, p.want_w);
+  if (p.steep != nullptr) {
+    // Repeated rows hide vanishing singular values, too, but they are no reason to look any closer.
+    const int known = null + static_cast<int>(block_sum(repeated, scratch));
+    const bool steep = block_is_steep(values, m, known, floor, p.steep_ratio, scratch);
+    if (thread_id() == 0) p.steep[own.g * p.clusters.k + own.c] = steep ? 1 : 0;
+  }
   const double norm = block_spectral(SpectralKind::kNuclearNorm, matrix, values, m, ld, null < m ? null : m,
                                      floor, p.want_w ? gram : nullptr, m, scratch);
   if (thread_id() == 0) {
@@ -455,6 +471,7 @@ static __global__ __launch_bounds__(256, 1) void cluster_eigen_kernel(EigenArgs 
     if (thread_id() != 0) return;
     p.norms[own.g * p.clusters.k + own.c] = poisoned ? static_cast<double>(NAN) : 0.0;
     if (p.forms != nullptr) p.forms[own.g * p.clusters.k + own.c] = poisoned ? -1 : 0;
+    if (p.steep != nullptr) p.steep[own.g * p.clusters.k + own.c] = 0;
     return;
   }
   const int64_t m = cluster_side(own.n, p.dim, false);
@@ -501,7 +518,9 @@ struct ClusterNormArgs {
   const int* finite = nullptr;  // one flag a group of all, or null
   double* norms = nullptr;      // all groups x k
   int64_t* forms = nullptr;     // all groups x k, or null
-  int64_t gram_blocks = 2112;   // at most; blocks of the Gram kernel loop over tiles
+  int* steep = nullptr;         // all groups x k, or null: flags of spectra steeper than steep_ratio
+  double steep_ratio = 0.0;
+  int64_t gram_blocks = 2112;  // at most; blocks of the Gram kernel loop over tiles
   EigenPlan eigen;
 };
 
@@ -543,6 +562,8 @@ void run_cluster_norms(const ClusterNormArgs<S>& a, void* workspace, cudaStream_
   e.finite = a.finite;
   e.norms = a.norms;
   e.forms = a.forms;
+  e.steep = a.steep;
+  e.steep_ratio = a.steep_ratio;
   e.shared_side = side < a.eigen.shared_side ? side : a.eigen.shared_side;
   EigenPlan plan = a.eigen;
   plan.shared_side = e.shared_side;

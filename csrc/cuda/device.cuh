@@ -87,9 +87,14 @@ inline void block_sync(std::source_location where = std::source_location::curren
 inline void warp_sync(std::source_location where = std::source_location::current()) {
   __syncwarp(kAllLanes, where);
 }
+// Whether any thread of the block says yes; a barrier.
+inline bool block_any(bool yes, std::source_location where = std::source_location::current()) {
+  return __syncthreads_or(yes ? 1 : 0, where) != 0;
+}
 #else
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 __device__ __forceinline__ void warp_sync() { __syncwarp(); }
+__device__ __forceinline__ bool block_any(bool yes) { return __syncthreads_or(yes ? 1 : 0) != 0; }
 #endif
 
 // Thread within the block (1-d blocks), lane within the warp, warp within the block.

@@ -16,6 +16,7 @@
 #include "cuda/operators.h"
 #include "cuda/rank.h"
 #include "cuda/row_statistics.cuh"
+#include "cuda/steep_clusters.cuh"
 
 namespace dse::cuda {
 namespace {
@@ -141,10 +142,39 @@ class Forward {
     a.forms = int_ + index_.local_form();
     a.slots = o_.save ? data_of<double>(saved_local_) : nullptr;
     a.workspace = call_.template borrow<double>(plan.workspace());
+    if (refines()) {
+      a.steep = call_.template borrow<int>(p_.images * p_.local_clusters);
+      a.steep_ratio = steep_ratio<S>();
+      a.order = call_.template borrow<int64_t>(p_.rows());
+      a.offset = call_.template borrow<int64_t>(p_.images * (p_.local_clusters + 1));
+    }
     launch(DSE_KERNEL(fill_flags_kernel), {dim3(1), kRowThreads, 0, call_.stream}, finite_, int64_t{1});
     run_image_kernel(a, plan, call_.stream);
     x_.row_scale = real_ + rows_.scale();
+    if (refines()) settle_images(a);
     return a.sizes;
+  }
+
+  // Without a gradient the values of float32 need no more than a Gram matrix holds.
+  bool refines() const { return o_.save || sizeof(S) == 8; }
+
+  // The local clusters whose spectra are too steep for the image kernel.
+  void settle_images(const ImageArguments<S>& a) {
+    const Call::Scope scope(call_);
+    SteepClusters s;
+    s.clusters.rows = p_.rows();
+    s.clusters.group_rows = p_.positions;
+    s.clusters.k = p_.local_clusters;
+    s.clusters.groups = p_.images;
+    s.clusters.offset = a.offset;
+    s.clusters.order = a.order;
+    s.steep = a.steep;
+    s.exact = sizeof(S) == 8;
+    s.values = a.norms;
+    s.slots = {a.slots, p_.positions, true};
+    const SteepPlan plan = plan_steep(p_.images * p_.local_clusters, p_.positions, p_.dim, call_.shared_limit,
+                                      call_.multiprocessors, call_.budget());
+    run_steep_clusters(x_, s, plan, call_.borrow_bytes(plan.workspace()), call_.stream);
   }
 
   KMeansArgs<S> kmeans_args(int64_t problems, int64_t rows, int64_t k, RngPurpose purpose) const {
@@ -237,11 +267,17 @@ class Forward {
     a.forms = forms;
     a.gram_blocks = 16 * call_.multiprocessors;
     a.eigen = eigen_plan(call_);
-    void* space = call_.borrow_bytes(cluster_norms_workspace(part * all.k, all.group_rows, p_.dim, a.eigen));
+    if (refines()) a.steep = call_.template borrow<int>(all.groups * all.k);
+    a.steep_ratio = steep_ratio<S>();
+    const SteepPlan steep = plan_steep(part * all.k, std::min(all.group_rows, p_.dim), p_.dim, call_.shared_limit,
+                                       call_.multiprocessors, call_.budget());
+    void* space = call_.borrow_bytes(
+        std::max(cluster_norms_workspace(part * all.k, all.group_rows, p_.dim, a.eigen), steep.workspace()));
     for (int64_t begin = 0; begin < all.groups; begin += part) {
       a.clusters.group_begin = begin;
       a.clusters.groups = std::min(part, all.groups - begin);
       run_cluster_norms(a, space, call_.stream);
+      if (refines()) run_steep_clusters(x_, steep_clusters(a), steep, space, call_.stream);
     }
   }
 
@@ -256,6 +292,7 @@ class Forward {
     }
     r.finite = finite_;
     r.values = call_.template borrow<double>(r.count);
+    r.want_w = o_.save;
     r.w = o_.save ? data_of<double>(saved_dim_) : nullptr;
     {
       const Call::Scope scope(call_);

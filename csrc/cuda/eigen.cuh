@@ -401,6 +401,22 @@ __device__ __forceinline__ double noise_floor(double magnitude, int64_t n) {
   return 4.0 * DBL_EPSILON * magnitude * sqrt(static_cast<double>(n));
 }
 
+// Whether some eigenvalue of a Gram matrix, of the m (any order) less the `null` that vanish by construction, is
+// below `ratio` of the largest, so that the matrix itself has to be looked at (steep.cuh). Not so where nothing
+// is above the rounding of the rows, or anything is not finite. sums: 33 doubles in shared memory.
+__device__ inline bool block_is_steep(const double* values, int m, int null, double floor, double ratio,
+                                      double* sums) {
+  double largest = 0.0;
+  for (int i = thread_id(); i < m; i += block_threads()) largest = values[i] > largest ? values[i] : largest;
+  largest = block_max(largest, sums);
+  double below = 0.0;
+  for (int i = thread_id(); i < m; i += block_threads()) {
+    below += values[i] - values[i] != 0.0 ? -DBL_MAX : values[i] < ratio * largest ? 1.0 : 0.0;
+  }
+  below = block_sum(below, sums);
+  return largest > floor * floor && below > static_cast<double>(null);
+}
+
 // Value of a spectral function from the m eigenvalues of a Gram matrix (any order), of which the smallest `null`
 // are known to be zero. On return values[i] holds w_i / sigma_i, 0 where sigma_i is. Shared `scratch`: m + 33
 // doubles, free for reuse on return. All threads receive the value.

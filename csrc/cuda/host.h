@@ -127,6 +127,9 @@ class Call {
     return std::clamp<int64_t>(part_bytes_ / std::max<int64_t>(bytes, 1), 1, std::max<int64_t>(count, 1));
   }
 
+  // About how much working memory a call takes at a time, in bytes.
+  int64_t budget() const { return part_bytes_; }
+
   void clear(void* at, int64_t bytes) const {
     if (bytes == 0 || recorded("clear memory")) return;
     check(cudaMemsetAsync(at, 0, static_cast<size_t>(bytes), stream), "cudaMemsetAsync");

@@ -81,6 +81,12 @@ struct ImageArguments {
   // out, or null: W of cluster c of image i at (i N + offset_c) N, n_c x n_c without gaps; offset_c rows of the
   // image are in clusters before c, and the rows of a cluster are in their order in the image.
   double* slots = nullptr;
+  // out, for steep_clusters.cuh, or null: which clusters (B k) are steeper than steep_ratio; the rows of the
+  // whole batch in the order of their clusters (B N), and where in an image each cluster begins (B (k + 1)).
+  int* steep = nullptr;
+  double steep_ratio = 0.0;
+  int64_t* order = nullptr;
+  int64_t* offset = nullptr;
   double* workspace = nullptr;  // plan.workspace() doubles
 };
 
@@ -629,6 +635,7 @@ struct Image {
         sh.matrix_of[c] = -1;
         if (m < 2) {
           args.norms[out] = 0.0;
+          if (args.steep != nullptr) args.steep[out] = 0;
           continue;
         }
         const int q = b.count++;
@@ -716,6 +723,14 @@ struct Image {
     }
     block_sync();
     build_lists(sh.lists[0], k);
+    if (args.steep != nullptr) {
+      const Lists& lists = sh.lists[0];
+      for (int i = thread_id(); i < n; i += block_threads()) {
+        args.order[sh.image * n + i] = sh.image * n + lists.order[i];
+      }
+      for (int c = thread_id(); c <= k; c += block_threads())
+        args.offset[sh.image * (k + 1) + c] = lists.offset[c];
+    }
     if (thread_id() == 0) sh.next = 0;
     for (;;) {
       next_batch(k);
@@ -726,6 +741,11 @@ struct Image {
       block_eigen(sh.batch, args.slots != nullptr);
       for (int q = 0; q < sh.batch.count; ++q) {
         double* values = sh.batch.diagonal(q);
+        if (args.steep != nullptr) {
+          const bool steep =
+              block_is_steep(values, sh.batch.m[q], sh.null[q], sh.floor[q], args.steep_ratio, sh.spare);
+          if (thread_id() == 0) args.steep[sh.image * k + sh.cluster[q]] = steep ? 1 : 0;
+        }
         double value = block_spectral_weights(SpectralKind::kNuclearNorm, values, sh.batch.m[q], sh.null[q],
                                               sh.floor[q], sh.spare);
         if (sh.good[q] == 0) {

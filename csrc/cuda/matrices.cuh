@@ -102,7 +102,9 @@ struct GramRanks {
   const int* finite = nullptr;  // flag of matrix p: finite[p * finite_stride]
   int64_t finite_stride = 0;
   double* values = nullptr;
-  double* w = nullptr;  // m x m a matrix, or null
+  double* w = nullptr;   // m x m a matrix, or null
+  int* steep = nullptr;  // out, or null: flags of spectra that a Gram matrix does not hold (steep.cuh)
+  double steep_ratio = 0.0;
 };
 
 // What is known of the spectrum of matrix p, the same in all threads: eigenvalues that vanish by construction,
@@ -147,7 +149,10 @@ static __global__ __launch_bounds__(kMatrixThreads, 1) void small_rank_kernel(Gr
   double floor = 0.0;
   const bool good = inspect_gram(r, p, sums, &null, &floor);
   if (poisoned || !good) {
-    if (thread_id() == 0) r.values[p] = static_cast<double>(NAN);
+    if (thread_id() == 0) {
+      r.values[p] = static_cast<double>(NAN);
+      if (r.steep != nullptr) r.steep[p] = 0;
+    }
     if (w == nullptr) return;
     for (int i = thread_id(); i < m * m; i += kMatrixThreads) w[i] = poisoned ? 0.0 : static_cast<double>(NAN);
     return;
@@ -156,6 +161,10 @@ static __global__ __launch_bounds__(kMatrixThreads, 1) void small_rank_kernel(Gr
   for (int i = thread_id(); i < m * m; i += kMatrixThreads) matrix[i / m * ld + i % m] = gram[i];
   block_sync();
   block_eigen(matrix, m, ld, values, vectors, w != nullptr);
+  if (r.steep != nullptr) {
+    const bool steep = block_is_steep(values, m, null, floor, r.steep_ratio, sums);
+    if (thread_id() == 0) r.steep[p] = steep ? 1 : 0;
+  }
   const double value =
       block_spectral(SpectralKind::kEffectiveRank, matrix, values, m, ld, null, floor, w, m, scratch);
   if (thread_id() == 0) r.values[p] = value;
@@ -197,14 +206,19 @@ inline void run_prepare_eigen(const GramRanks& r, int64_t count, double* out, Kn
 
 // eigenvalues (in: of matrix p; out: w_i / sigma_i) and the effective rank. One block a matrix; m + 33 doubles of
 // dynamic shared memory.
-static __global__ __launch_bounds__(kMatrixThreads) void eigen_ranks_kernel(GramRanks r, double* eigenvalues,
-                                                                            const KnownSpectrum* known) {
+static __global__ __launch_bounds__(kMatrixThreads, 1) void eigen_ranks_kernel(GramRanks r, double* eigenvalues,
+                                                                               const KnownSpectrum* known) {
   const int64_t p = blockIdx.x;
   const int m = static_cast<int>(r.n < r.dim ? r.n : r.dim);
   double* own = eigenvalues + p * m;
+  const bool good = known[p].good != 0;
+  if (r.steep != nullptr) {
+    auto* sums = reinterpret_cast<double*>(dynamic_shared());
+    const bool steep = good && block_is_steep(own, m, known[p].null, known[p].floor, r.steep_ratio, sums);
+    if (thread_id() == 0) r.steep[p] = steep ? 1 : 0;
+  }
   const double value = block_spectral_weights(SpectralKind::kEffectiveRank, own, m, known[p].null, known[p].floor,
                                               reinterpret_cast<double*>(dynamic_shared()));
-  const bool good = known[p].good != 0;
   if (thread_id() == 0) r.values[p] = good ? value : static_cast<double>(NAN);
   if (good) return;
   for (int i = thread_id(); i < m; i += kMatrixThreads) own[i] = static_cast<double>(NAN);

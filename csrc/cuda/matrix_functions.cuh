@@ -179,6 +179,7 @@ struct RankScalars {
   double trace;                    // of the scaled matrix
   double status;                   // 0 a proper matrix, 1 zero, 2 not finite
   double root_weight, log_weight;  // F = root_weight A1 + log_weight A2
+  double zeros;                    // on the diagonal: as many eigenvalues vanish by construction
 };
 
 struct RankWorkspace {
@@ -309,20 +310,23 @@ static __global__ void __launch_bounds__(kMatrixTileThreads)
 // spectral norm, and close to it where the spectrum is steep, which is where the range of the shifts matters.
 static __global__ void __launch_bounds__(256) rank_norm(const double* c, int64_t m, RankWorkspace w) {
   __shared__ double scratch[33];
-  double total = 0.0, largest = 0.0, squares = 0.0, trace = 0.0;
+  double total = 0.0, largest = 0.0, squares = 0.0, trace = 0.0, zeros = 0.0;
   const int64_t side = w.tiles * kMatrixTile;
   for (int64_t i = thread_id(); i < side; i += block_threads()) {
     double sum = 0.0;
     for (int64_t b = 0; b < w.tiles; ++b) sum += w.row_sums[b * side + i];
     total += sum;
     largest = sum > largest ? sum : largest;
-    if (i < m) trace += c[i * m + i];
+    if (i >= m) continue;
+    trace += c[i * m + i];
+    zeros += c[i * m + i] == 0.0 ? 1.0 : 0.0;
   }
   for (int64_t i = thread_id(); i < w.packed; i += block_threads()) squares += w.squares[i];
   total = block_sum(total, scratch);
   largest = block_max(largest, scratch);
   squares = block_sum(squares, scratch);
   trace = block_sum(trace, scratch);
+  zeros = block_sum(zeros, scratch);
   if (thread_id() != 0) return;
   RankScalars s;
   const double frobenius = sqrt(squares);
@@ -341,6 +345,7 @@ static __global__ void __launch_bounds__(256) rank_norm(const double* c, int64_t
   s.trace = finite ? trace * s.inverse_scale : 0.0;
   s.status = !finite ? 2.0 : zero ? 1.0 : 0.0;
   s.root_weight = s.log_weight = 0.0;
+  s.zeros = zeros;
   *w.scalars = s;
 }
 
@@ -629,18 +634,27 @@ __device__ __forceinline__ double sum_partials(const double* from, int64_t count
   return block_sum(sum, scratch);
 }
 
-// One block: the value and the two weights of F.
-static __global__ void __launch_bounds__(256)
-    rank_finish(int64_t m, RankWorkspace w, ShiftTable table, bool gradient, double* value) {
+// Each eigenvalue l adds (s / (l + s))^2 to s^2 times the sum of squares of the inverse of C + s: about 1 below
+// the shift, nothing above it. Of kGradientShifts this one stands at singular values of about 1e-6 of the
+// largest, where F still has an error below 1e-3.
+inline constexpr int kSteepShift = 2;
+
+// One block: the value and the two weights of F; where wanted (`steep`), also whether C has eigenvalues too small
+// for F beside those that vanish by construction, which are `null` and the zeros on its diagonal.
+static __global__ void __launch_bounds__(256, 1) rank_finish(int64_t m, RankWorkspace w, ShiftTable table,
+                                                             bool gradient, double* value, int* steep, int null) {
   __shared__ double scratch[33];
   const RankScalars s = *w.scalars;
+  double small = 0.0;
   double sums[2] = {table.linear[0] * s.trace / s.bound, table.linear[1] * s.trace / s.bound};
   for (int j = 0; j < table.count; ++j) {
     const double shift = table.shift[j] * s.bound;
     const double trace = sum_partials(w.traces + j * w.packed, w.packed, scratch);
     const double squares = sum_partials(w.trace_squares + j * w.packed, w.packed, scratch);
     const double log_det = sum_partials(w.log_dets + j * w.tiles, w.tiles, scratch);
+    if (j == kSteepShift) small = shift * shift * squares;
     const double first = static_cast<double>(m) - shift * trace, second = shift * (trace - shift * squares);
+#pragma unroll
     for (int k = 0; k < 2; ++k) {
       sums[k] += table.trace[k][0][j] * first + table.trace[k][1][j] * second + table.trace[k][2][j] * log_det;
     }
@@ -661,6 +675,7 @@ static __global__ void __launch_bounds__(256)
     root_weight = -log_weight * product2 / product1;
   }
   *value = result;
+  if (steep != nullptr) *steep = s.status == 0.0 && small > s.zeros + null + 0.5 ? 1 : 0;
   if (gradient) {
     w.scalars->root_weight = root_weight;
     w.scalars->log_weight = log_weight;
@@ -692,12 +707,14 @@ static __global__ void __launch_bounds__(kMatrixTileThreads) rank_write(int64_t 
 
 // c: m x m row-major on the device, of which only the upper triangle is read. workspace: effective_rank_workspace
 // (m, batch) bytes on the device. batch: shifted copies at a time (any number from 1; results do not depend on
-// it). value: one double on the device. f: m x m, both triangles, may be c; null for the value alone.
-inline void run_effective_rank(const double* c, int64_t m, void* workspace, int batch, double* value, double* f,
-                               cudaStream_t stream) {
+// it). value: one double on the device. f: m x m, both triangles, may be c; not looked at without `gradient`.
+// steep: a flag on the device, set where the gradient needs the matrix behind c, of whose eigenvalues `null`
+// vanish by construction; or null.
+inline void run_effective_rank(const double* c, int64_t m, void* workspace, int batch, bool gradient,
+                               double* value, double* f, cudaStream_t stream, int* steep = nullptr,
+                               int null = 0) {
   RankWorkspace w;
   rank_workspace_layout(m, batch, static_cast<double*>(workspace), &w);
-  const bool gradient = f != nullptr;
   const ShiftTable& table = gradient ? kGradientShifts : kValueShifts;
   const auto packed = static_cast<unsigned>(w.packed), tiles = static_cast<unsigned>(w.tiles);
   constexpr size_t kShared = 2 * kMatrixTile * kMatrixTilePitch * sizeof(double);
@@ -717,7 +734,7 @@ inline void run_effective_rank(const double* c, int64_t m, void* workspace, int 
     launch(DSE_KERNEL(gradient ? rank_accumulate<true> : rank_accumulate<false>),
            {dim3(packed), dim3(kAccumulateThreads), 0, stream}, c, m, w, table, first, now);
   }
-  launch(DSE_KERNEL(rank_finish), {dim3(1), dim3(256), 0, stream}, m, w, table, gradient, value);
+  launch(DSE_KERNEL(rank_finish), {dim3(1), dim3(256), 0, stream}, m, w, table, gradient, value, steep, null);
   if (gradient) launch(DSE_KERNEL(rank_write), {dim3(packed), dim3(kMatrixTileThreads), 0, stream}, m, w, f);
 }
 

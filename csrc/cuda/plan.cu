@@ -46,7 +46,7 @@ std::string pass_json(const Recording& r) {
 }
 
 // How the host code decided, in words.
-std::string paths_json(const Problem& p, const Tensor& z) {
+std::string paths_json(const Problem& p, const Tensor& z, bool backward) {
   const int64_t side = cpu::dim_side(p);
   std::string local = "kernels for clusters of any size (more than 256 positions)";
   if (uses_image_kernel(p)) local = "fused image kernel, one block an image";
@@ -56,7 +56,10 @@ std::string paths_json(const Problem& p, const Tensor& z) {
   } else if (side > kSmallRankSide) {
     rank = std::to_string(kMaxShifts) + " shifted inverses, " + std::to_string(rank_batch(side)) + " at a time";
   }
-  return "{\"local clusters\": " + json_text(local) + ", \"effective rank\": " + json_text(rank) + "}";
+  std::string steep = "decomposed from the rows where the device finds them, else left at once";
+  if (!backward && z.scalar_type() != ScalarType::Double) steep = "no matter without a gradient";
+  return "{\"local clusters\": " + json_text(local) + ", \"effective rank\": " + json_text(rank) +
+         ", \"steep spectra\": " + json_text(steep) + "}";
 }
 
 std::string cuda_plan(const Tensor& z, std::string variant, int64_t local_clusters, int64_t global_clusters,
@@ -91,7 +94,7 @@ std::string cuda_plan(const Tensor& z, std::string variant, int64_t local_cluste
         ((kept += at++ >= 8 ? tensors.numel() * 8 : 0), ...);
       },
       out);
-  std::string json = "{\"paths\": " + paths_json(p, z) + ", \"saved_bytes\": " + std::to_string(kept) +
+  std::string json = "{\"paths\": " + paths_json(p, z, backward) + ", \"saved_bytes\": " + std::to_string(kept) +
                      ", \"forward\": " + pass_json(forward);
   if (backward) {
     const Recording pass = record([&] {

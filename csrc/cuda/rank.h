@@ -1,11 +1,14 @@
 // Effective ranks of matrices of equally many rows, and the matrices of their gradients.
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "cuda/host.h"
 #include "cuda/matrices.cuh"
 #include "cuda/matrix_functions.cuh"
+#include "cuda/steep_clusters.cuh"
+#include "cuda/steep_rank.cuh"
 
 namespace dse::cuda {
 
@@ -17,7 +20,9 @@ struct RankMatrices {
   const int* finite = nullptr;  // flag of matrix p: finite[p * finite_stride]
   int64_t finite_stride = 0;
   double* values = nullptr;  // count
-  double* w = nullptr;       // count x m x m, m = min(n, d), or null
+  // The host decides by this alone: a call that is recorded has no memory.
+  bool want_w = false;
+  double* w = nullptr;  // count x m x m, m = min(n, d), if wanted
 };
 
 // Every matrix as one cluster of a group of its own.
@@ -47,14 +52,14 @@ inline std::array<Tensor, 2> library_eigen(const Tensor& matrices) {
 }
 
 // Ranks of `count` large Gram matrices in full float64 accuracy.
-inline void library_ranks(Call& call, const GramRanks& r, int64_t count) {
+inline void library_ranks(Call& call, const GramRanks& r, int64_t count, bool want_w) {
   const int64_t m = std::min(r.n, r.dim);
   const Tensor matrices = call.temporary({count, m, m}, ScalarType::Double);
   auto* known = call.borrow<KnownSpectrum>(count);
   run_prepare_eigen(r, count, data_of<double>(matrices), known, call.stream);
   const auto [eigenvalues, vectors] = library_eigen(matrices);
   run_eigen_ranks(r, count, data_of<double>(eigenvalues), known, call.stream);
-  if (r.w == nullptr) return;
+  if (!want_w) return;
   run_scale_columns(const_data_of<double>(vectors), const_data_of<double>(eigenvalues), count, m,
                     data_of<double>(matrices), call.stream);
   Tensor rows = vectors;
@@ -62,6 +67,62 @@ inline void library_ranks(Call& call, const GramRanks& r, int64_t count) {
   multiply(matrices, torch::stable::transpose(rows, 1, 2), w);
   call.copy(r.w, const_data_of<double>(w), count * m * m * static_cast<int64_t>(sizeof(double)));
 }
+
+// Once more, from the rows themselves, where a matrix's flag is set: matrices of clusters p, of which `r` holds
+// the Gram matrices.
+template <class S>
+class SteepRanks {
+ public:
+  SteepRanks(Call& call, const FeatureView<S>& x, int64_t n, int64_t count, bool direct, bool want_w)
+      : x_(x), direct_(direct), want_w_(want_w), shared_limit_(call.shared_limit) {
+    const int64_t m = std::min(n, x.dim);
+    if (direct) {
+      space_ = call.borrow<double>(steep_rank_space(m));
+      if (!want_w) g_ = call.borrow<double>(m * m);
+      return;
+    }
+    plan_ = plan_steep(count, m, x.dim, call.shared_limit, call.multiprocessors, call.budget());
+    space_ = call.borrow<double>(plan_.workspace() / static_cast<int64_t>(sizeof(double)));
+  }
+
+  // moment_space, splits: of the second moment, where that is summed by the whole device.
+  void run(const Clusters& p, const GramRanks& r, const double* means, void* moment_space, int splits,
+           const int* flags, double* values, cudaStream_t stream) const {
+    const int64_t m = std::min(r.n, r.dim);
+    if (direct_) {
+      SteepRank<S> s;
+      s.r = r;
+      s.exact = sizeof(S) == 8;
+      s.partials = static_cast<double*>(moment_space);
+      s.splits = splits;
+      for (s.at = 0; s.at < p.groups; ++s.at) {
+        s.steep = r.steep + s.at;
+        s.a = {x_, p.order + (p.group_begin + s.at) * r.n, means + s.at * r.dim, r.n, false};
+        s.g = want_w_ ? r.w + s.at * m * m : g_;
+        run_steep_rank(s, want_w_, space_, shared_limit_, stream);
+      }
+      return;
+    }
+    SteepClusters s;
+    s.clusters = p;
+    s.steep = flags;
+    s.kind = SpectralKind::kEffectiveRank;
+    s.center = r.center;
+    s.exact = sizeof(S) == 8;
+    s.values = values;
+    s.slots = {r.w, m, false};
+    s.slot_stride = m * m;
+    run_steep_clusters(x_, s, plan_, space_, stream);
+  }
+
+ private:
+  FeatureView<S> x_;
+  bool direct_, want_w_;
+  size_t shared_limit_;
+  SteepPlan plan_;
+  double* space_ = nullptr;
+  double* g_ = nullptr;
+};
 
 template <class S>
 void measure_ranks(Call& call, const FeatureView<S>& x, const RankMatrices& r) {
@@ -85,6 +146,12 @@ void measure_ranks(Call& call, const FeatureView<S>& x, const RankMatrices& r) {
   const int splits = second_moment_splits(n, d), batch = rank_batch(m);
   void* moment_space = direct ? call.borrow_bytes(second_moment_workspace(d, splits)) : nullptr;
   void* list_space = direct ? nullptr : call.borrow_bytes(work_list_workspace(part));
+  // Without a gradient the values of float32 need no more than a Gram matrix holds.
+  const bool refine = exact || r.want_w;
+  int* steep = refine ? call.borrow<int>(r.count) : nullptr;
+  std::optional<SteepRanks<S>> again;
+  if (refine) again.emplace(call, x, n, part, direct, r.want_w);
+  g.steep_ratio = steep_ratio<S>();
   void* rank_space = small || exact ? nullptr : call.borrow_bytes(effective_rank_workspace(m, batch));
 
   for (int64_t begin = 0; begin < r.count; begin += part) {
@@ -108,17 +175,20 @@ void measure_ranks(Call& call, const FeatureView<S>& x, const RankMatrices& r) {
     }
     g.finite = r.finite + begin * r.finite_stride;
     g.values = r.values + begin;
-    g.w = r.w != nullptr ? r.w + begin * m * m : nullptr;
+    g.w = r.want_w ? r.w + begin * m * m : nullptr;
+    g.steep = refine ? steep + begin : nullptr;
     if (small) {
       run_small_ranks(g, p.groups, call.stream);
     } else if (exact) {
-      library_ranks(call, g, p.groups);
+      library_ranks(call, g, p.groups, r.want_w);
     } else {
       for (int64_t j = 0; j < p.groups; ++j) {
-        run_effective_rank(g.grams + j * g.gram_stride, m, rank_space, batch, g.values + j,
-                           g.w != nullptr ? g.w + j * m * m : nullptr, call.stream);
+        run_effective_rank(g.grams + j * g.gram_stride, m, rank_space, batch, r.want_w, g.values + j,
+                           r.want_w ? g.w + j * m * m : nullptr, call.stream, refine ? g.steep + j : nullptr,
+                           r.center && n <= d ? 1 : 0);
       }
     }
+    if (refine) again->run(p, g, means, moment_space, splits, steep, r.values, call.stream);
   }
 }
 

@@ -7,6 +7,7 @@
 #include "cuda/operators.h"
 #include "cuda/rank.h"
 #include "cuda/row_statistics.cuh"
+#include "cuda/steep_clusters.cuh"
 
 namespace dse::cuda {
 namespace {
@@ -62,11 +63,17 @@ std::tuple<Tensor, Tensor, Tensor> norms_forward(const Tensor& x, const Tensor& 
   a.forms = save ? data_of<int64_t>(form) : nullptr;
   a.gram_blocks = 16 * call.multiprocessors;
   a.eigen = eigen_plan(call);
-  void* space = call.borrow_bytes(cluster_norms_workspace(part * k, n, d, a.eigen));
+  // Without a gradient the values of float32 need no more than a Gram matrix holds.
+  const bool refine = save || sizeof(S) == 8;
+  if (refine) a.steep = call.borrow<int>(groups * k);
+  a.steep_ratio = steep_ratio<S>();
+  const SteepPlan steep = plan_steep(part * k, width, d, call.shared_limit, call.multiprocessors, call.budget());
+  void* space = call.borrow_bytes(std::max(cluster_norms_workspace(part * k, n, d, a.eigen), steep.workspace()));
   for (int64_t begin = 0; begin < groups; begin += part) {
     a.clusters.group_begin = begin;
     a.clusters.groups = std::min(part, groups - begin);
     run_cluster_norms(a, space, call.stream);
+    if (refine) run_steep_clusters(view, steep_clusters(a), steep, space, call.stream);
   }
   run_store_centroids(a.norms, groups * k, finite, k, data_of<C>(norms), call.stream);
   return {norms, saved, form};
@@ -122,6 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> rank_forward(const Tensor& x, bool center, bo
   r.finite = finite;
   r.finite_stride = 1;
   r.values = call.borrow<double>(count);
+  r.want_w = save;
   r.w = save ? data_of<double>(saved) : nullptr;
   measure_ranks(call, view, r);
   run_store_centroids(r.values, count, finite, 1, data_of<C>(ranks), call.stream);

@@ -145,8 +145,8 @@ Result run(const Matrix& c, int64_t m, int batch, bool gradient, uint64_t seed) 
   Result result;
   std::vector<unsigned char> workspace(dse::cuda::effective_rank_workspace(m, batch), 0xff);
   result.f.assign(m * m, 7.0);
-  dse::cuda::run_effective_rank(c.data(), m, workspace.data(), batch, &result.value,
-                                gradient ? result.f.data() : nullptr, nullptr);
+  dse::cuda::run_effective_rank(c.data(), m, workspace.data(), batch, gradient, &result.value, result.f.data(),
+                                nullptr);
   return result;
 }
 
@@ -242,7 +242,7 @@ void check_repeatable() {
   std::vector<unsigned char> workspace(dse::cuda::effective_rank_workspace(d, 4));
   Matrix both = c;
   double in_place = 0.0;
-  dse::cuda::run_effective_rank(both.data(), d, workspace.data(), 4, &in_place, both.data(), nullptr);
+  dse::cuda::run_effective_rank(both.data(), d, workspace.data(), 4, true, &in_place, both.data(), nullptr);
   expect(in_place == first.value && both == first.f, "in place");
 }
 

@@ -144,6 +144,25 @@ def test_components_and_gradient(emulated: Any, name: str, variant: str) -> None
     check(emulated, CASES[name], variant)
 
 
+def against_the_oracle(
+    emulated: Any, case: Case, limits: parity.Tolerance, variant: str = "regularizer"
+) -> None:
+    ours = case.components(emulated, variant)
+    wide = case.z.double().requires_grad_()
+    expected = oracle.dse_components(
+        wide, ours[5], ours[6], ours[7].double(), variant=variant,
+        group_images=case.images_of_a_group, normalize=case.normalize,
+    )  # fmt: skip
+    for component, a, b in zip(oracle.COMPONENTS, ours[:5], expected, strict=True):
+        error = parity.relative_error(a, b)
+        assert error <= limits.component, f"{component}: {error:.3g}"
+    gradient = case.gradient(emulated, variant, ours, torch.tensor(parity.MIXED))
+    (wanted,) = torch.autograd.grad(parity.weighted(tuple(expected), parity.MIXED), wide)
+    free = ~oracle.tied_rows(case.z, ours[6], ours[7], case.images_of_a_group, case.normalize)
+    error = parity.relative_error(gradient[free], wanted[free])
+    assert error <= limits.gradient, f"gradient: {error:.3g}"
+
+
 # Shapes at the ends of what is supported: one feature, more than a thousand, many clusters, as many
 # positions as two kernels divide between them; and clouds that are hard to tell apart.
 EXTENTS = {
@@ -162,7 +181,7 @@ EXTENTS = {
     [
         (name, dtype)
         for name, case in EXTENTS.items()
-        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+        for dtype in parity.DTYPES
         # The largest takes as long as all others together.
         if dtype == torch.float64 or case.z.numel() < 100_000
     ],
@@ -170,44 +189,87 @@ EXTENTS = {
 def test_extents_against_the_oracle(emulated: Any, name: str, dtype: torch.dtype) -> None:
     case = EXTENTS[name]
     case = Case(case.z.to(dtype), case.k, case.global_clusters, case.group)
-    limits = parity.tolerance(dtype, collapsed=name == "nearly collapsed")
-    ours = case.components(emulated, "regularizer")
-    wide = case.z.double().requires_grad_()
-    expected = oracle.dse_components(
-        wide, ours[5], ours[6], ours[7].double(), group_images=case.images_of_a_group
+    against_the_oracle(
+        emulated, case, parity.tolerance(dtype, collapsed=name == "nearly collapsed")
     )
-    for component, a, b in zip(oracle.COMPONENTS, ours[:5], expected, strict=True):
-        error = parity.relative_error(a, b)
-        assert error <= limits.component, f"{component}: {error:.3g}"
-    coefficients = torch.tensor(parity.MIXED)
-    gradient = case.gradient(emulated, "regularizer", ours, coefficients)
-    (wanted,) = torch.autograd.grad(parity.weighted(tuple(expected), parity.MIXED), wide)
-    free = ~oracle.tied_rows(case.z, ours[6], ours[7], case.images_of_a_group, True)
-    assert parity.relative_error(gradient[free], wanted[free]) <= limits.gradient
 
 
-@pytest.mark.parametrize(
-    ("dtype", "limit"), [(torch.float64, 1e-6), (torch.float32, 1e-3), (torch.bfloat16, 1e-3)]
-)
-def test_components_of_a_collapsed_rank(emulated: Any, dtype: torch.dtype, limit: float) -> None:
-    # Rank two, and beside it the rounding of the dtype. What of that lies below 1e-7 of the largest
-    # singular value is noise of a Gram matrix here, and the gradient's share of it with it
-    # (csrc/cuda/README.md, Known limits): only bfloat16's rounding is far enough above.
-    case = Case(rank_collapsed(4, 20, 12).to(dtype))
-    ours = case.components(emulated, "regularizer")
-    wide = case.z.double().requires_grad_()
-    expected = oracle.dse_components(
-        wide, ours[5], ours[6], ours[7].double(), group_images=case.images_of_a_group
+# Spectra that a Gram matrix does not resolve: exactly rank two, and beside it the rounding of the
+# dtype. Clusters with matrices on either side, in the image kernel and outside of it; the effective
+# rank in one block, by the library and by shifted inverses.
+COLLAPSED = {
+    "few features": rank_collapsed(4, 20, 12),
+    "few rows": rank_collapsed(3, 12, 50),
+    "large images": rank_collapsed(1, 300, 9),
+    "a side above 128": rank_collapsed(6, 30, 140),
+    "fewer rows than features, a side above 128": rank_collapsed(5, 30, 170),
+}
+
+
+@pytest.mark.parametrize("dtype", parity.DTYPES)
+@pytest.mark.parametrize("name", list(COLLAPSED))
+def test_components_of_a_collapsed_rank(emulated: Any, name: str, dtype: torch.dtype) -> None:
+    case = Case(COLLAPSED[name].to(dtype))
+    against_the_oracle(emulated, case, parity.tolerance(dtype, collapsed=True))
+    # The same values where nothing is saved.
+    bare = case.components(emulated, "regularizer", save=False)
+    for a, b in zip(bare[:5], case.components(emulated, "regularizer")[:5], strict=True):
+        assert_close(a, b, parity.tolerance(dtype).component)
+
+
+@pytest.mark.parametrize("variant", ["evaluation", "paper"])
+def test_other_variants_of_a_collapsed_rank(emulated: Any, variant: str) -> None:
+    # Matrices of a rank of their own at every position, in one block each; all rows not normalized.
+    for normalize, dtype in ((True, torch.float64), (False, torch.float32)):
+        z = rank_collapsed(14, 5, 9).to(dtype)
+        check(emulated, Case(z, normalize=normalize), variant)
+
+
+def with_tail(*shape: int) -> Tensor:
+    """Matrices with two large singular values, and others from 1e-7 of the largest one down."""
+    generator = torch.Generator().manual_seed(3)
+    u, _, vh = torch.linalg.svd(
+        torch.randn(shape, dtype=torch.float64, generator=generator), full_matrices=False
     )
-    for component, a, b in zip(oracle.COMPONENTS, ours[:5], expected, strict=True):
-        error = parity.relative_error(a, b)
-        assert error <= limit, f"{component}: {error:.3g}"
-    gradient = case.gradient(emulated, "regularizer", ours, torch.tensor(parity.MIXED))
-    assert gradient.isfinite().all()
-    if dtype == torch.bfloat16:
-        (wanted,) = torch.autograd.grad(parity.weighted(tuple(expected), parity.MIXED), wide)
-        free = ~oracle.tied_rows(case.z, ours[6], ours[7], case.images_of_a_group, True)
-        assert parity.relative_error(gradient[free], wanted[free]) <= 1e-2
+    tail = 1e-7 * torch.logspace(0, -0.5, min(shape[-2:]) - 2, dtype=torch.float64)
+    return (u * torch.cat([torch.tensor([1.0, 0.5], dtype=torch.float64), tail])) @ vh
+
+
+# Matrices on either side, few and many, of sides up to 128 and above.
+STEEP = [(3, 40, 12), (3, 12, 40), (10, 30, 9), (1, 300, 140), (1, 140, 200)]
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("shape", STEEP)
+def test_effective_rank_of_a_steep_spectrum(
+    emulated: Any, shape: tuple[int, int, int], center: bool
+) -> None:
+    x = with_tail(*shape)
+    limits = parity.tolerance(torch.float64)
+    wide = x.clone().requires_grad_()
+    expected = torch.stack([oracle.effective_rank(own, center) for own in wide])
+    grad = random(shape[0], seed=4)
+    (wanted,) = torch.autograd.grad((expected * grad).sum(), wide)
+    ranks, saved, form = emulated.effective_rank(x, center)
+    gradient = emulated.effective_rank_backward(grad, x, saved, form, center)
+    assert_close(ranks, expected.detach(), limits.component)
+    assert_close(emulated.effective_rank(x, center, False)[0], ranks, 1e-12)
+    assert_close(gradient, wanted, limits.gradient)
+
+
+@pytest.mark.parametrize("shape", STEEP)
+def test_nuclear_norms_of_a_steep_spectrum(emulated: Any, shape: tuple[int, int, int]) -> None:
+    x, one = with_tail(*shape), torch.zeros(shape[:2], dtype=torch.int64)
+    limits = parity.tolerance(torch.float64)
+    wide = x.clone().requires_grad_()
+    expected = oracle.cluster_nuclear_norms(wide, one, 1)
+    grad = random(shape[0], 1, seed=4)
+    (wanted,) = torch.autograd.grad((expected * grad).sum(), wide)
+    norms, saved, form = emulated.cluster_nuclear_norms(x, one, 1)
+    gradient = emulated.cluster_nuclear_norms_backward(grad, x, one, saved, form)
+    assert_close(norms, expected.detach(), limits.component)
+    assert_close(emulated.cluster_nuclear_norms(x, one, 1, False)[0], norms, 1e-12)
+    assert_close(gradient, wanted, limits.gradient)
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES)

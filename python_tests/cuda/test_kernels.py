@@ -16,8 +16,8 @@ from emulated import compiler
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-PROGRAMS = ("image_kernel", "clusters_and_gradient", "matrix_functions")
-SANITIZED = ("clusters_and_gradient",)
+PROGRAMS = ("image_kernel", "clusters_and_gradient", "matrix_functions", "steep")
+SANITIZED = ("clusters_and_gradient", "steep")
 
 
 def build(program: str, folder: Path, *options: str) -> Path:
