@@ -10,7 +10,11 @@ namespace dse::cpu {
 
 inline constexpr int64_t kLanes = 8;
 // Above this side, eight interleaved matrices outgrow the caches, and one at a time is faster (tridiagonal.h).
-inline constexpr int64_t kLanesMaxSide = 128;
+#ifdef DSE_LANES_MAX_SIDE
+inline constexpr int64_t kLanesMaxSide = DSE_LANES_MAX_SIDE;  // builds that look for errors: both ways, small
+#else
+inline constexpr int64_t kLanesMaxSide = 160;
+#endif
 
 // Eigenvalues of tridiagonal matrices: n[lane] diagonal entries and, between them, n[lane] - 1 couplings, into
 // values[lane][0 .. n[lane]), ascending. Returns false if an iteration did not converge (then there is no

@@ -55,6 +55,7 @@ def build(kind: str, folder: Path) -> Path:
     common += ["-Wall", "-Wextra", "-Wconversion", "-Werror", "-Wno-psabi", "-Wno-tsan"]
     common += [
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-DDSE_LANES_MAX_SIDE=24",  # matrices of these programs' sizes go both ways
         "-I",
         str(ROOT / "csrc"),
         "-I",
