@@ -174,8 +174,8 @@ void column_means(const RowSet& set, double* mean) {
 namespace {
 
 // Calls put(block, rows, i, row) for every row of a block of `block_rows`, centred (in parallel), then
-// consume(block, rows), block after block; `block` has block_rows * ld elements. Returns the rows' root mean
-// square norm before centring.
+// consume(block, rows), block after block; `block` has block_rows * ld elements. Returns the root mean square
+// norm that centred rows had before.
 template <typename P, typename Put, typename Consume>
 double stream_blocks(const RowSet& set, int64_t block_rows, int64_t ld, const Put& put, const Consume& consume) {
   const int64_t d = set.x->dim, n = set.n;
@@ -183,9 +183,7 @@ double stream_blocks(const RowSet& set, int64_t block_rows, int64_t ld, const Pu
   Buffer<P> narrow_work(max_workers() * d);
   Buffer<P> block(block_rows * ld);
   if (set.center) column_means(set, mean.data());
-  // Rows of norm 1 (or 0) need not be measured.
-  const bool measured = set.center || !set.x->unit_rows;
-  double squares = measured ? 0.0 : static_cast<double>(n);
+  double squares = 0.0;
   for (int64_t begin = 0; begin < n; begin += block_rows) {
     const int64_t rows = std::min(block_rows, n - begin);
     constexpr int64_t kRowsPerTask = 16;
@@ -193,18 +191,18 @@ double stream_blocks(const RowSet& set, int64_t block_rows, int64_t ld, const Pu
       double* row = row_work.data() + worker * d;
       P* narrow = narrow_work.data() + worker * d;
       for (int64_t i = task * kRowsPerTask; i < std::min(rows, (task + 1) * kRowsPerTask); ++i) {
-        if (!measured) {
+        if (!set.center) {
           set.x->load(set.index(begin + i), narrow);
           put(block.data(), rows, i, narrow);
           continue;
         }
         set.x->load(set.index(begin + i), row);
         norms[i] = sum_of_squares(row, d);
-        if (set.center) axpy(-1.0, mean.data(), row, d);
+        axpy(-1.0, mean.data(), row, d);
         put(block.data(), rows, i, row);
       }
     });
-    if (measured)
+    if (set.center)
       for (int64_t i = 0; i < rows; ++i) squares += norms[i];
     consume(block.data(), rows);
   }
@@ -241,6 +239,7 @@ namespace {
 int64_t stream_ld(int64_t m) { return narrow_ld(m); }
 
 // Gram matrix of the columns of a set of n > d rows, upper triangle; all threads. P is the type of the products.
+// Returns the rows' root mean square norm before centring.
 template <typename P>
 double column_gram(const RowSet& set, double* gram) {
   constexpr int64_t kPanel = sizeof(P) == 8 ? kGramPanel : kNarrowPanel;
@@ -256,11 +255,15 @@ double column_gram(const RowSet& set, double* gram) {
       std::fill(out + width, out + kPanel, P(0));
     }
   };
-  return stream_blocks<P>(set, block_rows, ldg, put, [&](const P* panels, int64_t rows) {
+  const double magnitude = stream_blocks<P>(set, block_rows, ldg, put, [&](const P* panels, int64_t rows) {
     for_each_upper_tile(d, d * d * rows / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
       panel_gram_upper(panels, rows, gram, ldg, i0, i1, j0, j1);
     });
   });
+  if (set.center) return magnitude;
+  double trace = 0.0;  // the sum of the rows' squares, too
+  for (int64_t f = 0; f < d; ++f) trace += gram[f * ldg + f];
+  return std::sqrt(trace / static_cast<double>(set.n));
 }
 
 // Gram matrix of the rows of a set of n <= d rows.
