@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/aten.h"
+#include "cpu/dense.h"
 #include "cpu/products.h"
 #include "cpu/stage.h"
 
@@ -58,18 +59,6 @@ void transpose(const double* matrix, int64_t rows, int64_t cols, int64_t ld, dou
   for (int64_t f = 0; f < cols; ++f) std::fill(turned + f * ldt + rows, turned + (f + 1) * ldt, 0.0);
 }
 
-// Calls tile(i0, i1, j0, j1) for every tile of the upper triangle of an n x n matrix, in parallel.
-template <typename Tile>
-void for_each_upper_tile(int64_t n, int64_t work, const Tile& tile) {
-  const int64_t tiles = (n + kTile - 1) / kTile;
-  for_each_task(tiles * (tiles + 1) / 2, work, [&](int64_t task, int64_t) {
-    int64_t row = 0;
-    while (task >= tiles - row) task -= tiles - row++;
-    const int64_t column = row + task;
-    tile(row * kTile, std::min(n, (row + 1) * kTile), column * kTile, std::min(n, (column + 1) * kTile));
-  });
-}
-
 // out (m x m) = sum_r coefficient[r] v_r v_r^T for m eigenvectors, row-major; symmetric.
 void weighted_projector(const double* vectors, const double* coefficient, int64_t m, SpectralWorkspace& ws,
                         double* out, int64_t ldo) {
@@ -90,7 +79,7 @@ void weighted_projector(const double* vectors, const double* coefficient, int64_
     ++used;
   }
   for (int64_t i = 0; i < m; ++i) std::fill(out + i * ldo, out + (i + 1) * ldo, 0.0);
-  for_each_upper_tile(m, m * m * used / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  for_each_upper_tile(0, m, kTile, m * m * used / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
     tn_product_upper(left, ld, right, ld, used, out, ldo, i0, i1, j0, j1);
   });
   mirror_upper(out, m, ldo);
@@ -256,7 +245,7 @@ double column_gram(const RowSet& set, double* gram) {
     }
   };
   const double magnitude = stream_blocks<P>(set, block_rows, ldg, put, [&](const P* panels, int64_t rows) {
-    for_each_upper_tile(d, d * d * rows / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+    for_each_upper_tile(0, d, kTile, d * d * rows / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
       panel_gram_upper(panels, rows, gram, ldg, i0, i1, j0, j1);
     });
   });
@@ -273,7 +262,7 @@ double row_gram(const RowSet& set, double* gram) {
   Buffer<double> matrix(n * d), turned(d * ldg);
   const double magnitude = gather_rows(set, matrix.data(), d);
   transpose(matrix.data(), n, d, d, turned.data(), ldg);
-  for_each_upper_tile(n, n * n * d / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  for_each_upper_tile(0, n, kTile, n * n * d / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
     tn_product_upper(turned.data(), ldg, turned.data(), ldg, d, gram, ldg, i0, i1, j0, j1);
   });
   return magnitude;
@@ -763,21 +752,14 @@ std::optional<double> StreamedRank::finish_in_two_parts(bool exact, double* grad
   }
   double* turned = basis + few * m;
   double* update = turned + few * m;
-  for_each_task(m, few * m * m, [&](int64_t i, int64_t) {
-    for (int64_t r = 0; r < few; ++r) turned[r * m + i] = dot(gram + i * ldg, basis + r * m, m);
-  });
+  multiply_rows(gram, m, ldg, few, basis, turned);
   for (int64_t r = 0; r < few; ++r) {
     double* w = update + r * m;
     std::copy_n(turned + r * m, m, w);
     for (int64_t q = 0; q < few; ++q)
       axpy(-0.5 * (dot(turned + r * m, basis + q * m, m) + part[q * ld + r]), basis + q * m, w, m);
   }
-  for_each_task(m, 2 * few * m * m, [&](int64_t i, int64_t) {
-    for (int64_t r = 0; r < few; ++r) {
-      axpy(-basis[r * m + i], update + r * m, gram + i * ldg, m);
-      axpy(-update[r * m + i], basis + r * m, gram + i * ldg, m);
-    }
-  });
+  subtract_both_ways(gram, m, ldg, few, basis, update);
   store_matrix(gram, m, m, ldg, gradient);
   return value;
 }

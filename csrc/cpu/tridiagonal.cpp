@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common/rng.h"
+#include "cpu/dense.h"
 
 // Vectors never cross the boundary of a function that is not inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -148,19 +149,10 @@ DSE_MULTIVERSION void mirror(double* a, int64_t ld, int64_t first, int64_t row_e
 // rows of V then those of W, `negated` those of -W then -V.
 void symmetric_update(const double* pair, const double* negated, int64_t rows, double* a, int64_t ld,
                       int64_t first, int64_t n) {
-  const int64_t tiles = (n - first + kTile - 1) / kTile;
-  for_each_task(tiles * (tiles + 1) / 2, (n - first) * (n - first) * rows / 2, [&](int64_t task, int64_t) {
-    int64_t row = 0;
-    while (task >= tiles - row) task -= tiles - row++;
-    const int64_t i = first + row * kTile, j = first + (row + task) * kTile;
-    tn_product_upper(pair, ld, negated, ld, rows, a, ld, i, std::min(n, i + kTile), j, std::min(n, j + kTile));
+  const int64_t work = (n - first) * (n - first) * rows / 2;
+  for_each_upper_tile(first, n, kTile, work, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+    tn_product_upper(pair, ld, negated, ld, rows, a, ld, i0, i1, j0, j1);
   });
-}
-
-double unit_scale(double largest) {
-  if (!(largest > 0.0)) return 1.0;
-  const double scale = std::exp2(-2.0 * std::floor(0.5 * std::log2(largest)));
-  return std::isfinite(scale) ? scale : 1.0;
 }
 
 }  // namespace
@@ -255,12 +247,7 @@ void Tridiagonal::smallest_subspace(int64_t count, double below, double* rows) {
       for (int64_t i = 1; i < n; ++i) z[i] -= off[i - 1] * inverse[i - 1] * z[i - 1];
       z[n - 1] *= inverse[n - 1];
       for (int64_t i = n - 2; i >= 0; --i) z[i] = inverse[i] * (z[i] - off[i] * z[i + 1]);
-      // Twice is enough (Kahan & Parlett).
-      for (int pass = 0; pass < 2; ++pass) {
-        for (int64_t q = 0; q < r; ++q) axpy(-dot(rows + q * n, z, n), rows + q * n, z, n);
-        const double norm = std::sqrt(sum_of_squares(z, n));
-        for (int64_t i = 0; i < n; ++i) z[i] /= norm;
-      }
+      orthonormalize_row(rows, r, n);
     }
   }
   for (int64_t k = n - 3; k >= 0; --k) {

@@ -15,6 +15,7 @@
 #include <numeric>
 #include <vector>
 
+#include "cpu/dense.h"
 #include "cpu/simd.h"
 
 // Vectors never cross the boundary of a function that is not inlined.
@@ -239,13 +240,6 @@ DSE_MULTIVERSION void apply_lanes(int64_t n, V* a, const V* diagonal, const V* o
     }
     for (int64_t j = k; j < n; ++j) a[j * n + k] = p[j];
   }
-}
-
-// Powers of four, for exact square roots, bring the entries near 1: squares neither overflow nor vanish.
-double unit_scale(double largest) {
-  if (!(largest > 0.0)) return 1.0;
-  const double scale = std::exp2(-2.0 * std::floor(0.5 * std::log2(largest)));
-  return std::isfinite(scale) ? scale : 1.0;
 }
 
 // The same for one matrix, without square roots: squares of the couplings e[i] and one chain of divisions (Pal,
