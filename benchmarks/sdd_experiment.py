@@ -43,7 +43,7 @@ from dse_ext.selection import (
     select_run,
 )
 from dse_ext.ssl import Interrupted, RunResult, TrainConfig, TrainingDiverged, train
-from dse_ext.ssl.config import TEXTURE_SCENES, available_cores
+from dse_ext.ssl.config import PRESETS, TEXTURE_SCENES, available_cores
 from dse_ext.ssl.progress import each
 from dse_ext.ssl.storage import RunFolder
 from dse_ext.ssl.trainer import use_threads
@@ -113,17 +113,7 @@ _TWO_VIEWS = {"hidden_dim": 512, "output_dim": 512}
 # One method of each family: self-distillation, siamese prediction, decorrelation, masked
 # reconstruction, dense contrast. The same network for all, so that they differ by the method alone.
 _METHODS: dict[str, dict[str, Any]] = {
-    "dino": {
-        "hidden_dim": 512,
-        "bottleneck_dim": 64,
-        "output_dim": 1024,
-        "batch_norm": True,
-        "local_views": 2,
-        "momentum": 0.99,
-        # Sharp targets: a few hundred steps are too few for 0.04 to leave the uniform output.
-        "teacher_temp": 0.02,
-        "warmup_teacher_temp": 0.02,
-    },
+    "dino": PRESETS["demo"]["method_args"],
     "simsiam": {**_TWO_VIEWS, "predictor_dim": 128},
     "barlowtwins": _TWO_VIEWS,
     "mae": {"decoder_dim": 96, "decoder_depth": 1, "decoder_heads": 3},
