@@ -18,19 +18,16 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
     const int64_t side = std::min(items[static_cast<size_t>(begins.back())].n, x.dim);
     begins.push_back(std::min(total, begins.back() + std::clamp<int64_t>(kMostCells / (side * side), 1, kLanes)));
   }
-  const int64_t first = beside ? 1 : 0;
+  const auto groups = static_cast<int64_t>(begins.size()) - 1;
   int64_t work = beside ? x.dim * x.dim * x.dim : 0;
   for (const auto& item : items) {
     const int64_t side = std::min(item.n, x.dim);
     work += item.n * x.dim * side + 8 * side * side * side;
   }
-  for_each_task(first + static_cast<int64_t>(begins.size()) - 1, work, [&](int64_t task, int64_t worker) {
-    if (task < first) {
-      beside();
-      return;
-    }
-    const auto group = static_cast<size_t>(task - first);
-    const int64_t begin = begins[group], count = begins[group + 1] - begin;
+  std::vector<int64_t> failures(static_cast<size_t>(groups));
+  const auto run = [&](int64_t group, bool narrow, SpectralWorkspace& ws) {
+    const int64_t begin = begins[static_cast<size_t>(group)];
+    const int64_t count = begins[static_cast<size_t>(group) + 1] - begin;
     RowSet sets[kLanes];
     SpectralTarget<T> targets[kLanes];
     for (int64_t i = 0; i < count; ++i) {
@@ -38,13 +35,44 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
       sets[i] = {&x, item.rows, 0, item.n, true};
       targets[i].slot = item.slot;
     }
-    spectral_functions<T>(sets, count, SpectralKind::kNuclearNorm, targets,
-                          workspaces[static_cast<size_t>(worker)]);
+    failures[static_cast<size_t>(group)] =
+        spectral_functions<T>(sets, count, SpectralKind::kNuclearNorm, targets, ws, narrow);
     for (int64_t i = 0; i < count; ++i) {
       const ClusterItem<T>& item = items[static_cast<size_t>(begin + i)];
       *item.norm = targets[i].value;
       if (item.form != nullptr) *item.form = static_cast<int64_t>(targets[i].form);
     }
+  };
+
+  // Clusters of one size have similar spectra: the first groups of large ones and of small ones tell whether
+  // float32 is worth a try for the others. Which ones they are does not depend on the threads.
+  constexpr int64_t kSample = 2;
+  const auto is_small = [&](int64_t group) {
+    const auto largest = static_cast<size_t>(begins[static_cast<size_t>(group)]);
+    return std::min(items[largest].n, x.dim) <= kLanesMaxSide;
+  };
+  std::vector<int64_t> sample, rest;
+  int64_t seen[2] = {};
+  for (int64_t group = 0; group < groups; ++group)
+    (seen[is_small(group) ? 1 : 0]++ < kSample ? sample : rest).push_back(group);
+  for_each_task(static_cast<int64_t>(sample.size()), work, [&](int64_t task, int64_t worker) {
+    run(sample[static_cast<size_t>(task)], true, workspaces[static_cast<size_t>(worker)]);
+  });
+  int64_t tried[2] = {}, failed[2] = {};
+  for (const int64_t group : sample) {
+    const auto at = static_cast<size_t>(group);
+    tried[is_small(group) ? 1 : 0] += begins[at + 1] - begins[at];
+    failed[is_small(group) ? 1 : 0] += failures[at];
+  }
+  const int64_t first = beside ? 1 : 0;
+  for_each_task(first + static_cast<int64_t>(rest.size()), work, [&](int64_t task, int64_t worker) {
+    if (task < first) {
+      beside();
+      return;
+    }
+    const int64_t group = rest[static_cast<size_t>(task - first)];
+    const size_t size = is_small(group) ? 1 : 0;
+    run(group, 2 * failed[size] <= tried[size], workspaces[static_cast<size_t>(worker)]);
   });
 }
 

@@ -246,7 +246,7 @@ class Forward {
   double rank_and_radii() {
     StreamedRank rank;
     rank.measure({&x_, nullptr, 0, p_.rows(), false}, kExact);
-    measure_clusters([&] { rank.decompose(); });
+    measure_clusters([&] { rank.decompose(kExact); });
     RankForm form;
     const double value = rank.finish(kExact, save_ ? matrices() : nullptr, &form);
     int_[index_.rank_form()] = form.code();

@@ -27,8 +27,10 @@ inline constexpr int64_t kGramPanel = 24;
 inline int64_t gram_ld(int64_t n) { return (n + kGramPanel - 1) / kGramPanel * kGramPanel; }
 
 // C[i, j] += sum_r a[r, i] * b[r, j] for i in [i0, i1), j in [j0, j1), at least where j >= i and within the
-// diagonal blocks of eight (tiles wholly below are left out), in float64. i0 and j0 are multiples of kGramPanel;
-// ldb and ldc at least gram_ld(columns).
+// diagonal blocks of eight (tiles wholly below are left out). i0 and j0 are multiples of kGramPanel; ldb and ldc
+// at least gram_ld(columns).
+void tn_product_upper(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, float* c,
+                      int64_t ldc, int64_t i0, int64_t i1, int64_t j0, int64_t j1);
 void tn_product_upper(const double* a, int64_t lda, const double* b, int64_t ldb, int64_t rows, double* c,
                       int64_t ldc, int64_t i0, int64_t i1, int64_t j0, int64_t j1);
 

@@ -106,6 +106,10 @@ DSE_INLINE void add_distances_impl(const T* partial, const double* x, double to_
 DSE_LOADS(double)
 DSE_LOADS(float)
 
+DSE_MULTIVERSION void narrow_run(const double* src, int64_t n, float* dst) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<float>(src[i]);
+}
+
 DSE_MULTIVERSION void store_run(DType dtype, const double* src, int64_t n, void* dst) {
   switch (dtype) {
     case DType::kFloat64: std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(double)); return;
@@ -160,6 +164,10 @@ DSE_MULTIVERSION void axpy(double alpha, const double* x, double* y, int64_t n) 
 }
 
 DSE_MULTIVERSION void subtract(const double* y, double* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] -= y[i];
+}
+
+DSE_MULTIVERSION void subtract(const float* y, float* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] -= y[i];
 }
 

@@ -37,26 +37,29 @@ double noise_floor(double magnitude, int64_t n) {
 }
 
 // Rows or columns that are all zero (dead features, masked tokens) each hide one zero eigenvalue.
-int64_t count_null(const double* gram, int64_t m, int64_t ld, bool centered_rows) {
+template <typename P>
+int64_t count_null(const P* gram, int64_t m, int64_t ld, bool centered_rows) {
   int64_t count = centered_rows ? 1 : 0;
-  for (int64_t i = 0; i < m; ++i) count += gram[i * ld + i] == 0.0 ? 1 : 0;
+  for (int64_t i = 0; i < m; ++i) count += gram[i * ld + i] == P(0) ? 1 : 0;
   return std::min(count, m);
 }
 
-void mirror_upper(double* g, int64_t n, int64_t ld) {
+template <typename P>
+void mirror_upper(P* g, int64_t n, int64_t ld) {
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < i; ++j) g[i * ld + j] = g[j * ld + i];
 }
 
 // turned (cols x ldt) = matrix^T, zero tails.
-void transpose(const double* matrix, int64_t rows, int64_t cols, int64_t ld, double* turned, int64_t ldt) {
+template <typename P>
+void transpose(const P* matrix, int64_t rows, int64_t cols, int64_t ld, P* turned, int64_t ldt) {
   constexpr int64_t kStep = 8;
   for (int64_t i0 = 0; i0 < rows; i0 += kStep) {
     const int64_t i1 = std::min(rows, i0 + kStep);
     for (int64_t f = 0; f < cols; ++f)
       for (int64_t i = i0; i < i1; ++i) turned[f * ldt + i] = matrix[i * ld + f];
   }
-  for (int64_t f = 0; f < cols; ++f) std::fill(turned + f * ldt + rows, turned + (f + 1) * ldt, 0.0);
+  for (int64_t f = 0; f < cols; ++f) std::fill(turned + f * ldt + rows, turned + (f + 1) * ldt, P(0));
 }
 
 // out (m x m) = sum_r coefficient[r] v_r v_r^T for m eigenvectors, row-major; symmetric.
@@ -85,8 +88,8 @@ void weighted_projector(const double* vectors, const double* coefficient, int64_
   mirror_upper(out, m, ldo);
 }
 
-template <typename T>
-void store_matrix(const double* src, int64_t rows, int64_t cols, int64_t ld, T* dst) {
+template <typename P, typename T>
+void store_matrix(const P* src, int64_t rows, int64_t cols, int64_t ld, T* dst) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < cols; ++j) dst[i * cols + j] = static_cast<T>(src[i * ld + j]);
 }
@@ -232,11 +235,13 @@ int64_t stream_ld(int64_t m) { return narrow_ld(m); }
 template <typename P>
 double column_gram(const RowSet& set, double* gram) {
   constexpr int64_t kPanel = sizeof(P) == 8 ? kGramPanel : kNarrowPanel;
-  // The two operands of one tile, 2 * kTile columns of a block, fit a core's cache.
-  constexpr int64_t block_rows = 160;
+  // Rows between two additions to the sums: those of one panel of each operand fit the smallest cache.
+  constexpr int64_t kPart = 80, block_rows = 2 * kPart;
   const int64_t d = set.x->dim, ldg = stream_ld(d);
   std::fill(gram, gram + d * ldg, 0.0);
-  const auto put = [&](P* panels, int64_t rows, int64_t i, const auto* row) {
+  const auto put = [&](P* block, int64_t all, int64_t index, const auto* row) {
+    const int64_t before = index / kPart * kPart, rows = std::min(kPart, all - before), i = index - before;
+    P* panels = block + before * ldg;
     for (int64_t f = 0; f < d; f += kPanel) {
       P* out = panels + f * rows + i * kPanel;
       const int64_t width = std::min(kPanel, d - f);
@@ -246,7 +251,8 @@ double column_gram(const RowSet& set, double* gram) {
   };
   const double magnitude = stream_blocks<P>(set, block_rows, ldg, put, [&](const P* panels, int64_t rows) {
     for_each_upper_tile(0, d, kTile, d * d * rows / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-      panel_gram_upper(panels, rows, gram, ldg, i0, i1, j0, j1);
+      for (int64_t r = 0; r < rows; r += kPart)
+        panel_gram_upper(panels + r * ldg, std::min(kPart, rows - r), gram, ldg, i0, i1, j0, j1);
     });
   });
   if (set.center) return magnitude;
@@ -312,12 +318,23 @@ struct Spectrum {
   bool finite = true;
   bool converged = true;
   double* gram = nullptr;
+  float* narrow_gram = nullptr;  // instead, of small sides
+  bool narrow_products = false;  // the Gram matrix is of float32 products
+  double lifted = 0.0;           // where the eigenvalue of a vector of ones was moved to
+  double error = 0.0;            // of the Gram matrix and its tridiagonal form, about
   double* values = nullptr;
 };
 
+// Error of a Gram matrix with float32 products, summed in float64 every 80 of `depth`, in units of its trace.
+double narrow_products(int64_t depth) { return 4e-9 * std::sqrt(std::min(1.0, 400.0 / static_cast<double>(depth))); }
+
+// The part of the columns that a mixed reduction may do in float64.
+constexpr int64_t kWideShare = 8;
+constexpr double kNarrowEps = std::numeric_limits<float>::epsilon();
+
 void fill_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
   DSE_STAGE("clusters: Gram matrices");
-  const int64_t d = set.x->dim, n = set.n, ldm = gram_ld(d), ldg = gram_ld(s.m);
+  const int64_t d = set.x->dim, n = set.n, ldm = gram_ld(d), ldg = stream_ld(s.m);
   double* matrix = ws.matrix.reserve(n * ldm);
   s.floor = noise_floor(gather_rows(set, matrix, ldm), n);
   std::fill(s.gram, s.gram + s.m * ldg, 0.0);
@@ -342,47 +359,202 @@ void fill_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
   s.finite = std::isfinite(trace);
 }
 
-// Eigenvalues of the Gram matrices, which are destroyed.
-void decompose(Spectrum* spectra, int64_t count, SpectralWorkspace& ws) {
-  DSE_STAGE("clusters: tridiagonal form, eigenvalues");
-  const double* matrices[kLanes];
+// The rows of a set as float32, centred in float64 before. Returns their root mean square norm before centring.
+double gather_narrow(const RowSet& set, float* out) {
+  const int64_t d = set.x->dim, n = set.n;
+  Buffer<double> work(3 * d);
+  double* origin = work.data();
+  double* mean = origin + d;
+  double* row = mean + d;
+  std::fill(mean, mean + d, 0.0);
+  double squares = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    set.x->load(set.index(i), row);
+    squares += set.x->unit_rows ? 1.0 : sum_of_squares(row, d);
+    if (set.center) {
+      // Relative to the first row first: what rows have in common takes no bits of what they have not.
+      if (i == 0) std::copy_n(row, d, origin);
+      subtract_and_sum(origin, row, mean, d);
+    }
+    narrow_run(row, d, out + i * d);
+  }
+  if (set.center) {
+    Buffer<float> narrow(d);
+    const double inverse = 1.0 / static_cast<double>(std::max<int64_t>(n, 1));
+    for (int64_t f = 0; f < d; ++f) narrow[f] = static_cast<float>(mean[f] * inverse);
+    for (int64_t i = 0; i < n; ++i) subtract(narrow.data(), out + i * d, d);
+  }
+  return std::sqrt(squares / static_cast<double>(std::max<int64_t>(n, 1)));
+}
+
+// A small Gram matrix in float32.
+void fill_small_gram(const float* matrix, const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
+  constexpr int64_t kDepth = 96;  // products between two additions to the sums
+  const int64_t d = set.x->dim, n = set.n, m = s.m, ldg = gram_ld(m);
+  float* gram = s.narrow_gram;
+  std::fill(gram, gram + m * ldg, 0.0f);
+  const bool rows_side = n <= d;
+  const int64_t depth = rows_side ? d : n;
+  float* block = ws.narrow_turned.reserve(kDepth * ldg);
+  for (int64_t r = 0; r < depth; r += kDepth) {
+    const int64_t height = std::min(kDepth, depth - r);
+    if (rows_side) {
+      transpose(matrix + r, n, height, d, block, ldg);
+    } else {
+      for (int64_t i = 0; i < height; ++i) {
+        std::copy_n(matrix + (r + i) * d, d, block + i * ldg);
+        std::fill(block + i * ldg + d, block + (i + 1) * ldg, 0.0f);
+      }
+    }
+    tn_product_upper(block, ldg, block, ldg, height, gram, ldg, 0, m, 0, m);
+  }
+  mirror_upper(gram, m, ldg);
+}
+
+// A large one with float32 products, summed in float64.
+void fill_large_gram(const float* matrix, const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
+  constexpr int64_t kDepth = 80;
+  const int64_t d = set.x->dim, n = set.n, m = s.m, ldg = stream_ld(m);
+  std::fill(s.gram, s.gram + m * ldg, 0.0);
+  const bool rows_side = n <= d;
+  const int64_t depth = rows_side ? d : n;
+  float* panels = ws.narrow_turned.reserve(kDepth * ldg);
+  for (int64_t r = 0; r < depth; r += kDepth) {
+    const int64_t height = std::min(kDepth, depth - r);
+    for (int64_t first = 0; first < m; first += kNarrowPanel) {
+      const int64_t width = std::min(kNarrowPanel, m - first);
+      float* panel = panels + first * height;
+      if (rows_side) {
+        transpose(matrix + first * d + r, width, height, d, panel, kNarrowPanel);
+        continue;
+      }
+      for (int64_t i = 0; i < height; ++i) {
+        std::copy_n(matrix + (r + i) * d + first, width, panel + i * kNarrowPanel);
+        std::fill(panel + i * kNarrowPanel + width, panel + (i + 1) * kNarrowPanel, 0.0f);
+      }
+    }
+    for (int64_t i = 0; i < m; i += kTile)
+      for (int64_t j = i; j < m; j += kTile)
+        panel_gram_upper(panels, height, s.gram, ldg, i, std::min(m, i + kTile), j, std::min(m, j + kTile));
+  }
+  mirror_upper(s.gram, m, ldg);
+}
+
+// The vector of ones, which centred rows have as a null vector, moved to the middle of the spectrum: a function of
+// the matrix need not be tame at zero then.
+template <typename P>
+void lift_ones(P* gram, int64_t ld, Spectrum& s) {
+  double trace = 0.0;
+  for (int64_t i = 0; i < s.m; ++i) trace += static_cast<double>(gram[i * ld + i]);
+  s.lifted = trace / static_cast<double>(s.m - 1);
+  const P share = static_cast<P>(s.lifted / static_cast<double>(s.m));
+  for (int64_t i = 0; i < s.m; ++i)
+    for (int64_t j = 0; j < s.m; ++j) gram[i * ld + j] += share;
+}
+
+// Takes the lifted eigenvalue out of the sorted ones, and puts the zero that it was in front.
+void drop_lifted(Spectrum& s) {
+  double* values = s.values;
+  int64_t at = std::lower_bound(values, values + s.m, s.lifted) - values;
+  if (at == s.m || (at > 0 && s.lifted - values[at - 1] < values[at] - s.lifted)) --at;
+  std::copy_backward(values, values + at, values + at + 1);
+  values[0] = 0.0;
+}
+
+// Gram matrices of spectra that may be out of float32's reach: as many rows as features, nearly.
+bool is_nearly_square(const RowSet& set) {
+  const int64_t d = set.x->dim;
+  return 10 * std::min(set.n, d) > 7 * std::max(set.n, d);
+}
+
+void fill_narrow_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
+  if (s.m > kLanesMaxSide && is_nearly_square(set)) {
+    fill_gram(set, s, ws);
+  } else {
+    DSE_STAGE("clusters: Gram matrices");
+    float* matrix = ws.narrow_matrix.reserve(set.n * set.x->dim);
+    s.floor = noise_floor(gather_narrow(set, matrix), set.n);
+    if (s.m > kLanesMaxSide) fill_large_gram(matrix, set, s, ws);
+    else fill_small_gram(matrix, set, s, ws);
+    const bool zero_sum = set.center && set.n <= set.x->dim;
+    double trace = 0.0;
+    const auto look = [&](const auto* gram, int64_t ld) {
+      s.null = count_null(gram, s.m, ld, zero_sum);
+      for (int64_t i = 0; i < s.m; ++i) trace += static_cast<double>(gram[i * ld + i]);
+    };
+    if (s.m > kLanesMaxSide) look(s.gram, stream_ld(s.m));
+    else look(s.narrow_gram, gram_ld(s.m));
+    // Squares that leave float32's range are float64's.
+    s.finite = trace > 1e-20 && trace < 1e30;
+    s.error = s.m > kLanesMaxSide ? narrow_products(std::max(set.n, set.x->dim)) * trace : 0.0;
+    s.narrow_products = true;
+  }
+  if (!s.finite || !set.center || set.n > set.x->dim) return;
+  if (s.m > kLanesMaxSide) lift_ones(s.gram, stream_ld(s.m), s);
+  else lift_ones(s.narrow_gram, gram_ld(s.m), s);
+}
+
+// Eigenvalues of reduced large matrices, of which spectra[i] belongs to matrices[i].
+void large_eigenvalues(Spectrum* const* spectra, Tridiagonal* const* matrices, int64_t count,
+                       SpectralWorkspace& ws) {
+  const double* diagonals[kLanes];
   const double* couplings[kLanes];
   double* values[kLanes];
-  int64_t side[kLanes], ld[kLanes], used = 0;
-  Spectrum* chosen[kLanes];
-  const auto choose = [&](Spectrum& s) {
-    chosen[used] = &s;
+  int64_t side[kLanes];
+  for (int64_t i = 0; i < count; ++i) {
+    diagonals[i] = matrices[i]->diagonal();
+    couplings[i] = matrices[i]->couplings();
+    values[i] = spectra[i]->values;
+    side[i] = spectra[i]->m;
+  }
+  const bool converged = tridiagonal_eigenvalues(count, diagonals, couplings, side, values, ws.values);
+  for (int64_t i = 0; i < count; ++i) {
+    Spectrum& s = *spectra[i];
+    s.converged = converged;
+    const double inverse = 1.0 / matrices[i]->scale();
+    for (int64_t j = 0; j < s.m; ++j) s.values[j] *= inverse;
+    if (s.lifted > 0.0) drop_lifted(s);
+  }
+}
+
+// Eigenvalues of the Gram matrices, which are destroyed.
+void decompose(Spectrum* spectra, int64_t count, SpectralWorkspace& ws, bool narrow) {
+  DSE_STAGE("clusters: tridiagonal form, eigenvalues");
+  const double* wide[kLanes];
+  const float* narrow_matrices[kLanes];
+  double* values[kLanes];
+  int64_t side[kLanes], ld[kLanes], used = 0, large = 0;
+  Spectrum* small_spectra[kLanes];
+  Spectrum* large_spectra[kLanes];
+  Tridiagonal* matrices[kLanes];
+  for (int64_t i = 0; i < count; ++i) {
+    Spectrum& s = spectra[i];
+    if (!s.finite) continue;
+    if (s.m > kLanesMaxSide) {
+      if (narrow) ws.large[i].reduce_mixed(s.gram, s.m, stream_ld(s.m), s.m / kWideShare);
+      else ws.large[i].reduce(s.gram, s.m, stream_ld(s.m));
+      s.error += ws.large[i].error();
+      large_spectra[large] = &s;
+      matrices[large++] = &ws.large[i];
+      continue;
+    }
+    wide[used] = s.gram;
+    narrow_matrices[used] = s.narrow_gram;
+    ld[used] = narrow ? gram_ld(s.m) : stream_ld(s.m);
     values[used] = s.values;
     side[used] = s.m;
-    ++used;
-  };
-  const auto report = [&](bool converged) {
-    for (int64_t i = 0; i < used; ++i) chosen[i]->converged = converged;
-  };
-  for (int64_t i = 0; i < count; ++i) {
-    Spectrum& s = spectra[i];
-    if (!s.finite || s.m > kLanesMaxSide) continue;
-    matrices[used] = s.gram;
-    ld[used] = gram_ld(s.m);
-    choose(s);
+    small_spectra[used++] = &s;
   }
-  if (used > 0) report(ws.small.reduce(used, matrices, side, ld, values));
-  used = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    Spectrum& s = spectra[i];
-    if (!s.finite || s.m <= kLanesMaxSide) continue;
-    ws.large[i].reduce(s.gram, s.m, gram_ld(s.m));
-    matrices[used] = ws.large[i].diagonal();
-    couplings[used] = ws.large[i].couplings();
-    choose(s);
-  }
+  if (large > 0) large_eigenvalues(large_spectra, matrices, large, ws);
   if (used == 0) return;
-  report(tridiagonal_eigenvalues(used, matrices, couplings, side, values, ws.values));
-  for (int64_t i = 0; i < count; ++i) {
-    const Spectrum& s = spectra[i];
-    if (!s.finite || s.m <= kLanesMaxSide) continue;
-    const double inverse = 1.0 / ws.large[i].scale();
-    for (int64_t j = 0; j < s.m; ++j) s.values[j] *= inverse;
+  const bool converged = narrow ? ws.narrow_small.reduce(used, narrow_matrices, side, ld, values)
+                                : ws.small.reduce(used, wide, side, ld, values);
+  for (int64_t i = 0; i < used; ++i) {
+    Spectrum& s = *small_spectra[i];
+    s.converged = converged;
+    if (!narrow || !converged) continue;
+    s.error = 2.0 * kNarrowEps * std::abs(s.values[s.m - 1]);
+    if (s.lifted > 0.0) drop_lifted(s);
   }
 }
 
@@ -445,46 +617,101 @@ bool gradient_functions(SpectralKind kind, Part* parts, int64_t count, double va
   return true;
 }
 
+// What a gradient's matrix loses to float32, relative to the gradient.
+struct NarrowLoss {
+  double value = 0.0;     // relative error of the value that an error of the Gram matrix makes
+  double gradient = 0.0;  // the same for the gradient
+  double rounding = 0.0;  // of the gradient, from float32 arithmetic on the way back
+};
+
+// First order in the Gram matrix's `error`, for eigenvalues values[null .. m) with weights w of their singular
+// values: dF = sum w / (2 s) dlambda, and d(w / s) s = s f'(lambda) dlambda with f a sum of inverses.
+NarrowLoss narrow_loss(const double* values, const double* sigma, const double* weight, int64_t null, int64_t m,
+                       double value, const ShiftedInverses* function, double error) {
+  double along = 0.0, squares = 0.0, change = 0.0, trace = 0.0, most = 0.0;
+  for (int64_t i = null; i < m; ++i) {
+    along += sigma[i] > 0.0 ? std::abs(weight[i]) / (2.0 * sigma[i]) : 0.0;
+    squares += weight[i] * weight[i];
+    trace += std::max(values[i], 0.0);
+    if (function == nullptr) continue;
+    double steepness = 0.0, size = 0.0;
+    for (size_t s = 0; s < function->shift.size(); ++s) {
+      const double inverse = 1.0 / (values[i] + function->shift[s]);
+      const double term = std::abs(function->weight[s]) * inverse;
+      size += term;
+      steepness += term * inverse;
+    }
+    most = std::max(most, size);
+    change += std::max(values[i], 0.0) * steepness * steepness;
+  }
+  return {error * along / value, error * std::sqrt(change / squares),
+          kNarrowEps * most * std::sqrt(trace / squares)};
+}
+
+// Bounds on what is a sum over many directions, of which a third or less is seen: far below what the results
+// are promised to (docs/definitions.md).
+bool is_small(const NarrowLoss& loss) {
+  return loss.value < 2e-5 && loss.gradient + loss.rounding < 1e-4;
+}
+
 // (I - 1 1^T / m) F (I - 1 1^T / m) of a symmetric matrix.
-void centre_both_ways(double* f, int64_t m, int64_t ld) {
+template <typename P>
+void centre_both_ways(P* f, int64_t m, int64_t ld) {
   std::vector<double> mean(static_cast<size_t>(m));
   double total = 0.0;
   for (int64_t i = 0; i < m; ++i) {
     double sum = 0.0;
-    for (int64_t j = 0; j < m; ++j) sum += f[i * ld + j];
+    for (int64_t j = 0; j < m; ++j) sum += static_cast<double>(f[i * ld + j]);
     mean[static_cast<size_t>(i)] = sum / static_cast<double>(m);
     total += sum;
   }
   total /= static_cast<double>(m * m);
   for (int64_t i = 0; i < m; ++i) {
     const double own = mean[static_cast<size_t>(i)] - total;
-    for (int64_t j = 0; j < m; ++j) f[i * ld + j] -= own + mean[static_cast<size_t>(j)];
+    for (int64_t j = 0; j < m; ++j) f[i * ld + j] -= static_cast<P>(own + mean[static_cast<size_t>(j)]);
   }
 }
 
-// Functions of the Gram matrices that are `wanted`, into the memory of those.
+// Functions of the Gram matrices that are `wanted`, to the targets' slots. `narrow`: what was reduced.
+template <typename T>
 void apply_functions(const RowSet* sets, const Spectrum* spectra, const ShiftedInverses* functions,
-                     const bool* wanted, int64_t count, SpectralWorkspace& ws) {
+                     const bool* wanted, const bool* in_float32, int64_t count, SpectralTarget<T>* targets,
+                     SpectralWorkspace& ws, bool narrow) {
   DSE_STAGE("clusters: gradient matrices");
   const ShiftedInverses* chosen[kLanes];
   double* out[kLanes];
+  float* narrow_out[kLanes];
   int64_t ld[kLanes], used = 0;
   for (int64_t i = 0; i < count; ++i) {  // in the order of reduce()
     const Spectrum& s = spectra[i];
     if (!s.finite || s.m > kLanesMaxSide) continue;
     chosen[used] = wanted[i] ? &functions[i] : nullptr;
     out[used] = s.gram;
-    ld[used] = gram_ld(s.m);
+    narrow_out[used] = s.narrow_gram;
+    ld[used] = narrow ? gram_ld(s.m) : stream_ld(s.m);
     ++used;
   }
-  if (used > 0) ws.small.apply(chosen, out, ld);
-  for (int64_t i = 0; i < count; ++i) {
+  if (used > 0 && narrow) ws.narrow_small.apply(chosen, narrow_out, ld);
+  else if (used > 0) ws.small.apply(chosen, out, ld);
+  const auto finish = [&](int64_t i, auto* matrix, int64_t own_ld) {
     const Spectrum& s = spectra[i];
+    // Centred rows sum to zero: their vector of ones takes no part, whatever the function made of it.
+    if (sets[i].center && sets[i].n <= sets[i].x->dim) centre_both_ways(matrix, s.m, own_ld);
+    store_matrix(matrix, s.m, s.m, own_ld, targets[i].slot);
+    targets[i].form = SavedForm::kGramSide;
+  };
+  for (int64_t i = 0; i < count; ++i) {
     if (!wanted[i]) continue;
-    if (s.m > kLanesMaxSide) ws.large[i].apply(functions[i], s.gram);
-    if (!sets[i].center || sets[i].n > sets[i].x->dim) continue;
-    // Centred rows sum to zero: their vector of ones, at an eigenvalue of rounding, takes no part.
-    centre_both_ways(s.gram, s.m, gram_ld(s.m));
+    const Spectrum& s = spectra[i];
+    if (s.m <= kLanesMaxSide) {
+      if (narrow) finish(i, s.narrow_gram, gram_ld(s.m));
+      else finish(i, s.gram, stream_ld(s.m));
+    } else if (in_float32[i]) {
+      finish(i, ws.large[i].apply_narrow(functions[i]), stream_ld(s.m));
+    } else {
+      ws.large[i].apply(functions[i], s.gram);
+      finish(i, s.gram, stream_ld(s.m));
+    }
   }
 }
 
@@ -499,9 +726,11 @@ void fill_nan(const RowSet& set, SpectralTarget<T>& target) {
 
 // Decomposes the matrix itself: values and the gradient, without the squared condition of the Gram matrix.
 template <typename T>
-void exact_spectral_function(const RowSet& set, SpectralKind kind, const Spectrum& s, double* sigma,
-                             double* weight, SpectralTarget<T>& target, SpectralWorkspace& ws) {
-  const int64_t d = set.x->dim, n = set.n, m = s.m, ldm = gram_ld(d), ldg = gram_ld(m);
+void exact_spectral_function(const RowSet& set, SpectralKind kind, const Spectrum& s, SpectralTarget<T>& target,
+                             SpectralWorkspace& ws) {
+  double* sigma = s.values + s.m;
+  double* weight = sigma + s.m;
+  const int64_t d = set.x->dim, n = set.n, m = s.m, ldm = gram_ld(d), ldg = stream_ld(m);
   double* matrix = ws.matrix.reserve(n * ldm);
   gather_rows(set, matrix, ldm);
   double* u = ws.factors.reserve(2 * m * m + m * d + n * d);
@@ -535,68 +764,126 @@ void exact_spectral_function(const RowSet& set, SpectralKind kind, const Spectru
 
 }  // namespace
 
+namespace {
+
+enum class Outcome {
+  kDone,            // the value, and a gradient that is zero or not wanted
+  kFunction,        // the gradient is a function of the Gram matrix
+  kNarrowFunction,  // and float32 is enough for it
+  kInaccurate,      // float32 was not enough for what has been done
+  kSteep            // nor is a Gram matrix
+};
+
+// From eigenvalues to the value, and to the gradient's function. `narrow`: float32 took part in the eigenvalues.
 template <typename T>
-void spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, SpectralTarget<T>* targets,
-                        SpectralWorkspace& ws) {
+Outcome evaluate(const RowSet& set, SpectralKind kind, const Spectrum& s, SpectralTarget<T>& target, bool narrow,
+                 ShiftedInverses& function) {
+  target.form = SavedForm::kNone;
+  if (narrow && (!s.finite || !s.converged)) return Outcome::kInaccurate;
+  if (!s.finite) {
+    fill_nan(set, target);
+    return Outcome::kDone;
+  }
+  if (!s.converged) return Outcome::kSteep;
+  double* sigma = s.values + s.m;
+  double* weight = sigma + s.m;
+  const auto no_gradient = [&] {
+    if (target.slot != nullptr) {
+      std::fill_n(target.slot, s.m * s.m, T(0));
+      target.form = SavedForm::kGramSide;
+    }
+    return Outcome::kDone;
+  };
+  eigenvalues_to_sigma(s.values, s.m, s.null, s.floor, sigma);
+  target.value = spectral_value_and_weights(kind, sigma, s.m, weight);
+  const bool wants_gradient = target.slot != nullptr;
+  if (sigma[s.m - 1] == 0.0) return no_gradient();
+  if (narrow && (!(s.values[s.null] > s.error) || sigma[s.null] == 0.0)) return Outcome::kInaccurate;
+  if (!wants_gradient && !narrow && sizeof(T) != 8) return Outcome::kDone;
+  if (!wants_gradient && narrow) {
+    const NarrowLoss loss = narrow_loss(s.values, sigma, weight, s.null, s.m, target.value, nullptr, s.error);
+    return is_small(loss) ? Outcome::kDone : Outcome::kInaccurate;
+  }
+  if (is_steep(s.values, s.m, s.null, s.floor, steep_ratio<T>()) || sigma[s.null] == 0.0)
+    return narrow ? Outcome::kInaccurate : Outcome::kSteep;
+  if (!wants_gradient) return Outcome::kDone;
+  Part part{s.values + s.null, s.m - s.null, {}};
+  if (!gradient_functions(kind, &part, 1, target.value, sigma, weight, s.m, function_error<T>()))
+    return no_gradient();
+  function = std::move(part.function);
+  if (sizeof(T) == 8) return Outcome::kFunction;
+  const NarrowLoss loss = narrow_loss(s.values, sigma, weight, s.null, s.m, target.value, &function, s.error);
+  if (is_small(loss)) return Outcome::kNarrowFunction;
+  return narrow ? Outcome::kInaccurate : Outcome::kFunction;
+}
+
+// spectral_functions in one precision. `failed` receives the matrices whose spectra float32 is not enough for.
+template <typename T>
+void spectral_functions_in(const RowSet* sets, int64_t count, SpectralKind kind, SpectralTarget<T>* targets,
+                           SpectralWorkspace& ws, bool narrow, std::vector<int64_t>* failed) {
   Spectrum spectra[kLanes];
   for (int64_t i = 0; i < count; ++i) {
     Spectrum& s = spectra[i];
     s.m = std::min(sets[i].n, sets[i].x->dim);
-    s.gram = ws.gram[i].reserve(s.m * gram_ld(s.m));
     s.values = ws.spectrum[i].reserve(3 * s.m);
-    fill_gram(sets[i], s, ws);
+    if (narrow && s.m <= kLanesMaxSide) s.narrow_gram = ws.narrow_gram[i].reserve(s.m * gram_ld(s.m));
+    else s.gram = ws.gram[i].reserve(s.m * stream_ld(s.m));
+    if (narrow) fill_narrow_gram(sets[i], s, ws);
+    else fill_gram(sets[i], s, ws);
   }
-  decompose(spectra, count, ws);
+  decompose(spectra, count, ws, narrow);
 
   ShiftedInverses functions[kLanes];
-  bool wanted[kLanes] = {};
+  bool wanted[kLanes] = {}, in_float32[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) {
-    const Spectrum& s = spectra[i];
-    SpectralTarget<T>& target = targets[i];
-    target.form = SavedForm::kNone;
-    if (!s.finite) {
-      fill_nan(sets[i], target);
-      continue;
+    Spectrum& s = spectra[i];
+    Outcome outcome = evaluate(sets[i], kind, s, targets[i], narrow, functions[i]);
+    if (outcome == Outcome::kInaccurate && s.m > kLanesMaxSide && s.finite && !s.narrow_products) {
+      // The Gram matrix is as good as it gets, and its reduction can be taken up where float32 began.
+      DSE_STAGE("clusters: tridiagonal form, eigenvalues");
+      ws.large[i].reduce_again(s.gram);
+      Spectrum* const spectrum = &s;
+      Tridiagonal* const matrix = &ws.large[i];
+      large_eigenvalues(&spectrum, &matrix, 1, ws);
+      s.error = 0.0;
+      outcome = evaluate(sets[i], kind, s, targets[i], false, functions[i]);
     }
-    double* sigma = s.values + s.m;
-    double* weight = sigma + s.m;
-    if (s.converged) {
-      eigenvalues_to_sigma(s.values, s.m, s.null, s.floor, sigma);
-      target.value = spectral_value_and_weights(kind, sigma, s.m, weight);
-      const bool zero = sigma[s.m - 1] == 0.0;
-      if (target.slot != nullptr && zero) {
-        std::fill_n(target.slot, s.m * s.m, T(0));
-        target.form = SavedForm::kGramSide;
-      }
-      if (zero || (target.slot == nullptr && sizeof(T) != 8)) continue;
-    }
-    if (!s.converged || is_steep(s.values, s.m, s.null, s.floor, steep_ratio<T>()) || sigma[s.null] == 0.0) {
-      exact_spectral_function(sets[i], kind, s, sigma, weight, target, ws);
-      continue;
-    }
-    if (target.slot == nullptr) continue;
-    Part part{s.values + s.null, s.m - s.null, {}};
-    if (!gradient_functions(kind, &part, 1, target.value, sigma, weight, s.m, function_error<T>())) {
-      std::fill_n(target.slot, s.m * s.m, T(0));
-      target.form = SavedForm::kGramSide;
-      continue;
-    }
-    functions[i] = std::move(part.function);
-    wanted[i] = true;
+    if (outcome == Outcome::kInaccurate) failed->push_back(i);
+    if (outcome == Outcome::kSteep) exact_spectral_function(sets[i], kind, s, targets[i], ws);
+    wanted[i] = outcome == Outcome::kFunction || outcome == Outcome::kNarrowFunction;
+    in_float32[i] = outcome == Outcome::kNarrowFunction;
   }
-  apply_functions(sets, spectra, functions, wanted, count, ws);
-  for (int64_t i = 0; i < count; ++i) {
-    if (!wanted[i]) continue;
-    const Spectrum& s = spectra[i];
-    store_matrix(s.gram, s.m, s.m, gram_ld(s.m), targets[i].slot);
-    targets[i].form = SavedForm::kGramSide;
-  }
+  apply_functions(sets, spectra, functions, wanted, in_float32, count, targets, ws, narrow);
 }
 
-template void spectral_functions<float>(const RowSet*, int64_t, SpectralKind, SpectralTarget<float>*,
-                                        SpectralWorkspace&);
-template void spectral_functions<double>(const RowSet*, int64_t, SpectralKind, SpectralTarget<double>*,
-                                         SpectralWorkspace&);
+}  // namespace
+
+template <typename T>
+int64_t spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, SpectralTarget<T>* targets,
+                           SpectralWorkspace& ws, bool narrow) {
+  if (!narrow || sizeof(T) == 8) {
+    spectral_functions_in(sets, count, kind, targets, ws, false, nullptr);
+    return 0;
+  }
+  std::vector<int64_t> failed;
+  spectral_functions_in(sets, count, kind, targets, ws, true, &failed);
+  if (failed.empty()) return 0;
+  RowSet again[kLanes];
+  SpectralTarget<T> again_targets[kLanes];
+  const auto total = static_cast<int64_t>(failed.size());
+  for (int64_t i = 0; i < total; ++i) {
+    again[i] = sets[failed[static_cast<size_t>(i)]];
+    again_targets[i].slot = targets[failed[static_cast<size_t>(i)]].slot;
+  }
+  spectral_functions_in(again, total, kind, again_targets, ws, false, nullptr);
+  for (int64_t i = 0; i < total; ++i) targets[failed[static_cast<size_t>(i)]] = again_targets[i];
+  return total;
+}
+
+template int64_t spectral_functions<float>(const RowSet*, int64_t, SpectralKind, SpectralTarget<float>*,
+                                           SpectralWorkspace&, bool);
+template int64_t spectral_functions<double>(const RowSet*, int64_t, SpectralKind, SpectralTarget<double>*,
+                                            SpectralWorkspace&, bool);
 
 void StreamedRank::measure(const RowSet& set, bool exact) {
   DSE_STAGE("rank: second moment");
@@ -621,6 +908,7 @@ void StreamedRank::measure(const RowSet& set, bool exact) {
     Buffer<float> work(m_ * m_);
     narrow = exceeds(gram, m_, ldg, kNarrowGramFloor * trace() / static_cast<double>(m_), work.data());
   }
+  gram_error_ = narrow ? narrow_products(set.n) * trace() : 0.0;
   if (!narrow) magnitude = columns ? column_gram<double>(set, gram) : row_gram(set, gram);
   floor_ = noise_floor(magnitude, set.n);
   null_ = count_null(gram, m_, ldg, set.center && !columns);
@@ -628,7 +916,17 @@ void StreamedRank::measure(const RowSet& set, bool exact) {
   finite_ = std::isfinite(trace());
 }
 
-void StreamedRank::decompose() {
+bool StreamedRank::find_eigenvalues() {
+  const Tridiagonal& matrix = ws_.large[0];
+  double* values = ws_.spectrum[0].data();
+  const double* diagonal = matrix.diagonal();
+  const double* couplings = matrix.couplings();
+  const bool converged = tridiagonal_eigenvalues(1, &diagonal, &couplings, &m_, &values, ws_.values);
+  for (int64_t i = 0; i < m_; ++i) values[i] /= matrix.scale();
+  return converged;
+}
+
+void StreamedRank::decompose(bool exact) {
   DSE_STAGE("rank: tridiagonal form, eigenvalues");
   if (!finite_) return;
   const int64_t ldg = stream_ld(m_);
@@ -640,11 +938,27 @@ void StreamedRank::decompose() {
     return;
   }
   Tridiagonal& matrix = ws_.large[0];
-  matrix.reduce(gram, m_, ldg);
-  const double* diagonal = matrix.diagonal();
-  const double* couplings = matrix.couplings();
-  converged_ = tridiagonal_eigenvalues(1, &diagonal, &couplings, &m_, &values, ws_.values);
-  for (int64_t i = 0; i < m_; ++i) values[i] /= matrix.scale();
+  const bool mixed = !exact && null_ == 0;
+  // Where float32 products were good enough, the spectrum is so flat that one block is.
+  if (mixed) matrix.reduce_mixed(gram, m_, ldg, gram_error_ > 0.0 ? 0 : m_ / kWideShare);
+  else matrix.reduce(gram, m_, ldg);
+  converged_ = find_eigenvalues();
+  if (!mixed) return;
+  const double error = gram_error_ + matrix.error();
+  if (converged_ && values[0] > error) {
+    double* sigma = values + m_;
+    double* weight = sigma + m_;
+    eigenvalues_to_sigma(values, m_, 0, floor_, sigma);
+    const double value = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m_, weight);
+    Part part{values, m_, {}};
+    // At its maximum there is no gradient to be accurate about.
+    if (sigma[0] > 0.0 && gradient_functions(SpectralKind::kEffectiveRank, &part, 1, value, sigma, weight, m_,
+                                             function_error<float>()) &&
+        is_small(narrow_loss(values, sigma, weight, 0, m_, value, &part.function, error)))
+      return;
+  }
+  matrix.reduce_again(gram);
+  converged_ = find_eigenvalues();
 }
 
 double StreamedRank::finish(bool exact, double* gradient, RankForm* form) {
@@ -689,6 +1003,12 @@ double StreamedRank::finish(bool exact, double* gradient, RankForm* form) {
   if (m_ <= kLanesMaxSide) {
     const ShiftedInverses* functions = &part.function;
     ws_.small.apply(&functions, &gram, &ldg);
+  } else if (!exact && is_small(narrow_loss(values, sigma, weight, null_, m_, result, &part.function,
+                                             ws_.large[0].error()))) {
+    float* narrow = ws_.large[0].apply_narrow(part.function);
+    if (set_.center && set_.n <= set_.x->dim) centre_both_ways(narrow, m_, ldg);
+    store_matrix(narrow, m_, m_, ldg, gradient);
+    return result;
   } else {
     ws_.large[0].apply(part.function, gram);
   }

@@ -42,8 +42,13 @@ struct SpectralWorkspace {
   Buffer<double> values;            // of the iteration for eigenvalues
   Buffer<double> scaled;            // two operands of the weighted product
   Buffer<double> factors;           // singular vectors, in the exact path
-  TridiagonalLanes small;           // sides up to kLanesMaxSide
+  TridiagonalLanes<double> small;   // sides up to kLanesMaxSide
   Tridiagonal large[kLanes];        // and above
+
+  Buffer<float> narrow_matrix;        // n x d, centred
+  Buffer<float> narrow_turned;        // a block of its features, or of its rows in panels
+  Buffer<float> narrow_gram[kLanes];  // m x gram_ld(m)
+  TridiagonalLanes<float> narrow_small;
 };
 
 // Rows summed by one task of a reduction over n rows: fixed by n alone, so that the order of additions does not
@@ -58,9 +63,10 @@ void column_means(const RowSet& set, double* mean);
 double gather_rows(const RowSet& set, double* out, int64_t ld);
 
 // Values and gradient matrices of one spectral function of up to kLanes matrices, best of similar size.
+// `narrow`: in float32 where the spectra allow it. Returns how many of them did not, and were done again.
 template <typename T>
-void spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, SpectralTarget<T>* targets,
-                        SpectralWorkspace& ws);
+int64_t spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, SpectralTarget<T>* targets,
+                           SpectralWorkspace& ws, bool narrow);
 
 // How products with the matrix of an effective rank's gradient have to run.
 struct RankForm {
@@ -83,7 +89,7 @@ class StreamedRank {
  public:
   // `exact`: float64 all the way.
   void measure(const RowSet& set, bool exact);
-  void decompose();
+  void decompose(bool exact);
   // `exact`: the value needs full float64 accuracy. `gradient` may be null. `form` receives how products with the
   // gradient's matrix have to run.
   double finish(bool exact, double* gradient, RankForm* form);
@@ -91,11 +97,12 @@ class StreamedRank {
   // All three.
   double run(const RowSet& set, bool exact, double* gradient, RankForm* form) {
     measure(set, exact);
-    decompose();
+    decompose(exact);
     return finish(exact, gradient, form);
   }
 
  private:
+  bool find_eigenvalues();
   double finish_exactly(double* gradient);
   std::optional<double> finish_in_two_parts(bool exact, double* gradient, RankForm* form);
 
@@ -104,6 +111,7 @@ class StreamedRank {
   double floor_ = 0.0;
   bool finite_ = true;
   bool converged_ = true;
+  double gram_error_ = 0.0;  // of float32 products, about
   SpectralWorkspace ws_;
 };
 

@@ -13,9 +13,13 @@ namespace dse::cpu {
 // gram_ld(n).
 class Tridiagonal {
  public:
-  // Reduces a matrix with zeros beyond column n, of which both triangles are given; it is overwritten. One
-  // thread.
+  // Reduces a matrix with zeros beyond column n, of which both triangles are given; it is overwritten. One thread.
   void reduce(double* a, int64_t n, int64_t ld);
+  // The same, but for the first columns in float32: as long as that makes the error() smaller, and `most_wide` of
+  // them or one block at most, are in float64.
+  void reduce_mixed(double* a, int64_t n, int64_t ld, int64_t most_wide);
+  // In float64 after all. `a` is what the mixed reduction has left.
+  void reduce_again(double* a);
 
   int64_t side() const { return n_; }
   // T, scaled by a power of four: see scale(). n entries and n - 1 couplings.
@@ -23,22 +27,44 @@ class Tridiagonal {
   const double* couplings() const { return vectors_.data() + n_; }
   // What A was multiplied by before.
   double scale() const { return scale_; }
+  // Of a mixed reduction: how far Q T Q^T is from A, about, in units of A; 0 otherwise. The first columns span
+  // what the powers of A make of one vector, the largest eigenvalues above all, so that what is left for float32,
+  // and with it the error, is small in comparison.
+  double error() const { return error_; }
 
   // Orthonormal rows (count x n) that span the eigenvectors of the `count` smallest eigenvalues, of which `below`
-  // is the largest in magnitude and a small part of the next one. In units of A.
+  // is the largest in magnitude and a small part of the next one. In units of A. Not after a mixed reduction.
   void smallest_subspace(int64_t count, double below, double* rows);
 
   // f(A) = Q f(T) Q^T, symmetric, into `out` (as large as the matrix was; it may be the same memory). All
-  // threads, unless called by a task of for_each_task.
+  // threads, unless called by a task of for_each_task. Not after a mixed reduction.
   void apply(const ShiftedInverses& function, double* out);
+  // The same in float32, after either reduction. The result has the leading dimension of A and is valid until the
+  // next call.
+  float* apply_narrow(const ShiftedInverses& function);
 
  private:
+  template <typename T>
+  struct Memory {
+    Buffer<T> reflectors;  // n x ld, row k: v_k, zero up to column k
+    Buffer<T> panel;       // operands of the updates
+    Buffer<T> work;
+  };
+
+  void start(double* a, int64_t n, int64_t ld);
+  template <typename T>
+  void reduce_columns(T* a, int64_t begin, int64_t end, Memory<T>& memory);
+  template <typename T>
+  void apply_in(const ShiftedInverses& function, Memory<T>& memory, T* out);
+
   int64_t n_ = 0, ld_ = 0;
-  double scale_ = 1.0;
-  Buffer<double> reflectors_;  // n x ld, row k: v_k, zero up to column k
-  Buffer<double> vectors_;     // diagonal, couplings, factors of the reflectors
-  Buffer<double> panel_;       // operands of the updates
-  Buffer<double> work_;
+  double scale_ = 1.0, error_ = 0.0;
+  int64_t narrow_from_ = 0;  // the first column whose reflector is in float32
+  Buffer<double> vectors_;   // diagonal, couplings, factors of the reflectors
+  Memory<double> wide_;
+  Memory<float> narrow_;
+  Buffer<float> narrow_matrix_;
+  Buffer<double> shifts_;
 };
 
 }  // namespace dse::cpu

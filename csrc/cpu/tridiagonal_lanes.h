@@ -22,24 +22,30 @@ inline constexpr int64_t kLanesMaxSide = 160;
 bool tridiagonal_eigenvalues(int64_t count, const double* const* diagonal, const double* const* couplings,
                              const int64_t* n, double* const* values, Buffer<double>& work);
 
+// T is the type of the arithmetic, but for the eigenvalues of the tridiagonal form.
+template <typename T>
 class TridiagonalLanes {
  public:
   // Reduces matrices A = Q T Q^T: side n[lane], row-major, leading dimension ld[lane], lower triangle read.
   // Eigenvalues as above.
-  bool reduce(int64_t count, const double* const* matrices, const int64_t* n, const int64_t* ld,
-              double* const* values);
+  bool reduce(int64_t count, const T* const* matrices, const int64_t* n, const int64_t* ld, double* const* values);
 
   // f(A) = Q f(T) Q^T of every lane with functions[lane] != nullptr, into out[lane], n x n with leading dimension
   // ld, symmetric. Once after each reduce().
-  void apply(const ShiftedInverses* const* functions, double* const* out, const int64_t* ld);
+  void apply(const ShiftedInverses* const* functions, T* const* out, const int64_t* ld);
 
  private:
   int64_t count_ = 0, side_ = 0;
   int64_t n_[kLanes] = {};
   double scale_[kLanes] = {};
-  Buffer<double> matrix_;   // side x side x lanes: the reflectors above the diagonal, workspace below
-  Buffer<double> vectors_;  // a few arrays of side x lanes
-  Buffer<double> shifted_;  // shifts x (2 side + 3) x lanes
+  Buffer<T> matrix_;         // side x side x lanes: the reflectors above the diagonal, workspace below
+  Buffer<T> vectors_;        // a few arrays of side x lanes
+  Buffer<T> shifted_;        // shifts x (2 side + 2) x lanes
+  Buffer<double> iterated_;  // T in float64, twice: one is overwritten by its eigenvalues
+  Buffer<double> pivots_;    // the shifts in float64
 };
+
+extern template class TridiagonalLanes<float>;
+extern template class TridiagonalLanes<double>;
 
 }  // namespace dse::cpu

@@ -1,0 +1,36 @@
+// Includes the file that DSE_KERNELS names once for every instruction set, with
+//   DSE_ISA           the namespace that its functions go to,
+//   DSE_VECTOR_BYTES  the width of a vector register.
+// No include guard. A function's target has to be known where its source is read: vectors are split into what the
+// target has before anything is inlined, and neither target_clones nor inlining into a function of another target
+// puts them together again.
+
+#define DSE_ISA baseline
+#define DSE_VECTOR_BYTES 32
+#include DSE_KERNELS
+#undef DSE_ISA
+#undef DSE_VECTOR_BYTES
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define DSE_HAS_ISAS 1
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+#define DSE_ISA avx2
+#define DSE_VECTOR_BYTES 32
+#include DSE_KERNELS
+#undef DSE_ISA
+#undef DSE_VECTOR_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#define DSE_ISA avx512
+#define DSE_VECTOR_BYTES 64
+#include DSE_KERNELS
+#undef DSE_ISA
+#undef DSE_VECTOR_BYTES
+#pragma GCC pop_options
+#endif
+
+#undef DSE_KERNELS

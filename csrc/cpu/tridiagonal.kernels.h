@@ -1,0 +1,138 @@
+// Passes over a symmetric matrix for one instruction set: see every_isa.h and tridiagonal.cpp.
+
+namespace dse::cpu::DSE_ISA {
+namespace {
+
+// Vectors of eight elements, or of four where eight float64 do not fit a register.
+template <typename T>
+using Lane = Vec<T, sizeof(T) == 8 ? DSE_VECTOR_BYTES : 32>;
+template <typename T>
+constexpr int64_t kWidth = sizeof(Lane<T>) / sizeof(T);
+
+template <typename T>
+DSE_INLINE Lane<T> load(const T* p) {
+  return *reinterpret_cast<const Lane<T>*>(p);
+}
+template <typename T>
+DSE_INLINE void store(T* p, const Lane<T>& v) {
+  *reinterpret_cast<Lane<T>*>(p) = v;
+}
+
+template <typename T>
+DSE_INLINE T horizontal_sum(const Lane<T>& v) {
+  if constexpr (kWidth<T> == 4) {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  } else {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  }
+}
+
+// y = A v for rows and columns `first` .. n of a symmetric matrix, of which the entries above the diagonal and
+// the whole diagonal blocks of kWidth are read. v is zero before `first`; y is undefined there. Every entry is
+// read once.
+template <typename T>
+void symmetric_product(const T* a, int64_t ld, int64_t first, int64_t n, const T* v, T* y) {
+  constexpr int64_t w = kWidth<T>;
+  const int64_t begin = first / w * w, end = (n + w - 1) / w * w;
+  for (int64_t i = begin; i < end; ++i) y[i] = T(0);
+  for (int64_t i = begin; i < n; i += w) {
+    const int64_t rows = std::min(w, n - i);
+    const T* row = a + i * ld;
+    if (rows < w) {  // the last rows: their diagonal block is all there is
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t j = i; j < n; ++j) y[i + r] += row[r * ld + j] * v[j];
+      break;
+    }
+    const Lane<T> own = load(v + i);
+    // Four rows at a time: their sums and what one step reads stay in registers.
+    for (int64_t h = 0; h < w; h += 4) {
+      const T* r0 = row + h * ld;
+      const T* r1 = r0 + ld;
+      const T* r2 = r1 + ld;
+      const T* r3 = r2 + ld;
+      const T v0 = v[i + h], v1 = v[i + h + 1], v2 = v[i + h + 2], v3 = v[i + h + 3];
+      Lane<T> s0 = load(r0 + i) * own, s1 = load(r1 + i) * own, s2 = load(r2 + i) * own, s3 = load(r3 + i) * own;
+      for (int64_t j = i + w; j < end; j += w) {
+        const Lane<T> vj = load(v + j);
+        const Lane<T> a0 = load(r0 + j), a1 = load(r1 + j), a2 = load(r2 + j), a3 = load(r3 + j);
+        s0 += a0 * vj;
+        s1 += a1 * vj;
+        s2 += a2 * vj;
+        s3 += a3 * vj;
+        store(y + j, load(y + j) + ((a0 * v0 + a1 * v1) + (a2 * v2 + a3 * v3)));
+      }
+      y[i + h] += horizontal_sum<T>(s0);
+      y[i + h + 1] += horizontal_sum<T>(s1);
+      y[i + h + 2] += horizontal_sum<T>(s2);
+      y[i + h + 3] += horizontal_sum<T>(s3);
+    }
+  }
+}
+
+// y -= sum_q left[q] b_q + right[q] c_q over columns begin .. end, b_q = b + q * ld.
+template <typename T>
+void subtract_pairs(int64_t count, const T* left, const T* b, const T* right, const T* c, int64_t ld,
+                    int64_t begin, int64_t end, T* y) {
+  constexpr int64_t w = kWidth<T>;
+  int64_t q = 0;
+  for (; q + 4 <= count; q += 4) {
+    const T* b0 = b + q * ld;
+    const T* c0 = c + q * ld;
+    const T l0 = left[q], l1 = left[q + 1], l2 = left[q + 2], l3 = left[q + 3];
+    const T r0 = right[q], r1 = right[q + 1], r2 = right[q + 2], r3 = right[q + 3];
+    for (int64_t j = begin; j < end; j += w) {
+      const Lane<T> low = l0 * load(b0 + j) + l1 * load(b0 + ld + j) + l2 * load(b0 + 2 * ld + j) +
+                          l3 * load(b0 + 3 * ld + j);
+      const Lane<T> high = r0 * load(c0 + j) + r1 * load(c0 + ld + j) + r2 * load(c0 + 2 * ld + j) +
+                           r3 * load(c0 + 3 * ld + j);
+      store(y + j, load(y + j) - (low + high));
+    }
+  }
+  for (; q < count; ++q) {
+    for (int64_t j = begin; j < end; j += w)
+      store(y + j, load(y + j) - (left[q] * load(b + q * ld + j) + right[q] * load(c + q * ld + j)));
+  }
+}
+
+// out[q] = <b_q, v> over columns begin .. end.
+template <typename T>
+void dots(int64_t count, const T* b, int64_t ld, const T* v, int64_t begin, int64_t end, T* out) {
+  constexpr int64_t w = kWidth<T>;
+  int64_t q = 0;
+  for (; q + 4 <= count; q += 4) {
+    const T* b0 = b + q * ld;
+    Lane<T> s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    for (int64_t j = begin; j < end; j += w) {
+      const Lane<T> vj = load(v + j);
+      s0 += load(b0 + j) * vj;
+      s1 += load(b0 + ld + j) * vj;
+      s2 += load(b0 + 2 * ld + j) * vj;
+      s3 += load(b0 + 3 * ld + j) * vj;
+    }
+    out[q] = horizontal_sum<T>(s0);
+    out[q + 1] = horizontal_sum<T>(s1);
+    out[q + 2] = horizontal_sum<T>(s2);
+    out[q + 3] = horizontal_sum<T>(s3);
+  }
+  for (; q < count; ++q) {
+    Lane<T> s = {};
+    for (int64_t j = begin; j < end; j += w) s += load(b + q * ld + j) * load(v + j);
+    out[q] = horizontal_sum<T>(s);
+  }
+}
+
+// Copies what lies above the diagonal, rows first .. row_end and columns to n, to below it.
+template <typename T>
+void mirror(T* a, int64_t ld, int64_t first, int64_t row_end, int64_t n) {
+  constexpr int64_t kStep = 8;
+  for (int64_t i0 = first; i0 < row_end; i0 += kStep) {
+    const int64_t i1 = std::min(row_end, i0 + kStep);
+    for (int64_t i = i0; i < i1; ++i)
+      for (int64_t j = i + 1; j < std::min(n, i0 + kStep); ++j) a[j * ld + i] = a[i * ld + j];
+    for (int64_t j = i0 + kStep; j < n; ++j)
+      for (int64_t i = i0; i < i1; ++i) a[j * ld + i] = a[i * ld + j];
+  }
+}
+
+}  // namespace
+}  // namespace dse::cpu::DSE_ISA
