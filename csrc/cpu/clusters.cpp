@@ -91,7 +91,7 @@ void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item,
     }
     return;
   }
-  double* rows = ws.rows.reserve(n * d);
+  T* rows = ws.rows.reserve(n * d);
   gather_rows({&x, item.rows, 0, n, true}, rows, d);
   ws.targets.resize(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) ws.targets[static_cast<size_t>(i)] = target(i);
@@ -103,7 +103,7 @@ void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item,
   }
   T* turned = ws.turned.reserve(d * n);
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t f = 0; f < d; ++f) turned[f * n + i] = static_cast<T>(rows[i * d + f]);
+    for (int64_t f = 0; f < d; ++f) turned[f * n + i] = rows[i * d + f];
   ws.right.reserve(d, d);
   for (int64_t f = 0; f < d; ++f) ws.right.set_row(f, item.slot + f * d);
   accumulate_product(turned, n, n, ws.right, weight, ws.targets.data());

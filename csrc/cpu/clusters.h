@@ -56,7 +56,7 @@ struct ClusterGradientItem {
 
 template <typename T>
 struct ClusterGradientWorkspace {
-  Buffer<double> rows;
+  Buffer<T> rows;
   Buffer<T> turned;
   PanelMatrix<T> right;
   std::vector<T*> targets;

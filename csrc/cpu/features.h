@@ -19,7 +19,7 @@ struct Features {
   int64_t outer = 0, inner = 0, dim = 0;  // B, N, d
   int64_t stride_outer = 0, stride_inner = 0, stride_dim = 0;
   const double* row_scale = nullptr;  // one factor a row, or null
-  bool unit_rows = false;             // the factors make every row's norm 1 (or leave it 0)
+  bool unit_rows = false;             // the factors make every row's norm 1, or less for short ones
 
   // t has shape (B, N, d).
   static Features of(const torch::stable::Tensor& t, const char* argument);

@@ -91,13 +91,18 @@ class PanelMatrix {
 template <typename T>
 void accumulate_product(const T* a, int64_t lda, int64_t m, const PanelMatrix<T>& b, T alpha, T* const* out) {
   constexpr int64_t kMost = 96;
+  // What all rows of a block meet of a panel stays in the smallest cache, beside a few columns of A.
+  constexpr int64_t kDepth = 96 * sizeof(float) / sizeof(T);
   T* shifted[kMost];
   for (int64_t i0 = 0; i0 < m; i0 += kMost) {
     const int64_t count = std::min(kMost, m - i0);
     for (int64_t first = 0; first < b.width(); first += PanelMatrix<T>::kPanel) {
       for (int64_t i = 0; i < count; ++i) shifted[i] = out[i0 + i] + first;
       const int64_t columns = b.panel_width(first);
-      tn_accumulate(a + i0, lda, b.panel(first), columns, b.rows(), alpha, shifted, count, columns);
+      for (int64_t r = 0; r < b.rows(); r += kDepth) {
+        tn_accumulate(a + r * lda + i0, lda, b.panel(first) + r * columns, columns, std::min(kDepth, b.rows() - r),
+                      alpha, shifted, count, columns);
+      }
     }
   }
 }

@@ -119,31 +119,6 @@ void cut_noise(double* sigma, int64_t m, int64_t n, int64_t d, double floor) {
 
 }  // namespace
 
-double gather_rows(const RowSet& set, double* out, int64_t ld) {
-  const int64_t d = set.x->dim, n = set.n;
-  double squares = 0.0;
-  Buffer<double> work(2 * d);
-  double* origin = work.data();
-  double* mean = origin + d;
-  std::fill(mean, mean + d, 0.0);
-  for (int64_t i = 0; i < n; ++i) {
-    double* row = out + i * ld;
-    set.x->load(set.index(i), row);
-    std::fill(row + d, row + ld, 0.0);
-    squares += sum_of_squares(row, d);
-    if (!set.center) continue;
-    // Relative to the first row first: equal rows become exactly zero, whatever their number.
-    if (i == 0) std::copy_n(row, d, origin);
-    subtract_and_sum(origin, row, mean, d);
-  }
-  if (set.center) {
-    const double inverse = 1.0 / static_cast<double>(std::max<int64_t>(n, 1));
-    for (int64_t f = 0; f < d; ++f) mean[f] *= inverse;
-    for (int64_t i = 0; i < n; ++i) subtract(mean, out + i * ld, d);
-  }
-  return std::sqrt(squares / static_cast<double>(std::max<int64_t>(n, 1)));
-}
-
 void column_means(const RowSet& set, double* mean) {
   const int64_t d = set.x->dim, n = set.n;
   const int64_t block_rows = reduction_rows(n), blocks = (n + block_rows - 1) / block_rows;
@@ -359,34 +334,6 @@ void fill_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
   s.finite = std::isfinite(trace);
 }
 
-// The rows of a set as float32, centred in float64 before. Returns their root mean square norm before centring.
-double gather_narrow(const RowSet& set, float* out) {
-  const int64_t d = set.x->dim, n = set.n;
-  Buffer<double> work(3 * d);
-  double* origin = work.data();
-  double* mean = origin + d;
-  double* row = mean + d;
-  std::fill(mean, mean + d, 0.0);
-  double squares = 0.0;
-  for (int64_t i = 0; i < n; ++i) {
-    set.x->load(set.index(i), row);
-    squares += set.x->unit_rows ? 1.0 : sum_of_squares(row, d);
-    if (set.center) {
-      // Relative to the first row first: what rows have in common takes no bits of what they have not.
-      if (i == 0) std::copy_n(row, d, origin);
-      subtract_and_sum(origin, row, mean, d);
-    }
-    narrow_run(row, d, out + i * d);
-  }
-  if (set.center) {
-    Buffer<float> narrow(d);
-    const double inverse = 1.0 / static_cast<double>(std::max<int64_t>(n, 1));
-    for (int64_t f = 0; f < d; ++f) narrow[f] = static_cast<float>(mean[f] * inverse);
-    for (int64_t i = 0; i < n; ++i) subtract(narrow.data(), out + i * d, d);
-  }
-  return std::sqrt(squares / static_cast<double>(std::max<int64_t>(n, 1)));
-}
-
 // A small Gram matrix in float32.
 void fill_small_gram(const float* matrix, const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
   constexpr int64_t kDepth = 96;  // products between two additions to the sums
@@ -461,10 +408,10 @@ void drop_lifted(Spectrum& s) {
   values[0] = 0.0;
 }
 
-// Gram matrices of spectra that may be out of float32's reach: as many rows as features, nearly.
+// About as many rows as features: the smallest singular values are out of reach of float32 products.
 bool is_nearly_square(const RowSet& set) {
   const int64_t d = set.x->dim;
-  return 10 * std::min(set.n, d) > 7 * std::max(set.n, d);
+  return 4 * set.n > 3 * d && 5 * set.n < 9 * d;
 }
 
 void fill_narrow_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
@@ -473,7 +420,7 @@ void fill_narrow_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
   } else {
     DSE_STAGE("clusters: Gram matrices");
     float* matrix = ws.narrow_matrix.reserve(set.n * set.x->dim);
-    s.floor = noise_floor(gather_narrow(set, matrix), set.n);
+    s.floor = noise_floor(gather_rows(set, matrix, set.x->dim), set.n);
     if (s.m > kLanesMaxSide) fill_large_gram(matrix, set, s, ws);
     else fill_small_gram(matrix, set, s, ws);
     const bool zero_sum = set.center && set.n <= set.x->dim;
@@ -497,10 +444,10 @@ void fill_narrow_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
 // Eigenvalues of reduced large matrices, of which spectra[i] belongs to matrices[i].
 void large_eigenvalues(Spectrum* const* spectra, Tridiagonal* const* matrices, int64_t count,
                        SpectralWorkspace& ws) {
-  const double* diagonals[kLanes];
-  const double* couplings[kLanes];
-  double* values[kLanes];
-  int64_t side[kLanes];
+  const double* diagonals[kLanes] = {};
+  const double* couplings[kLanes] = {};
+  double* values[kLanes] = {};
+  int64_t side[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) {
     diagonals[i] = matrices[i]->diagonal();
     couplings[i] = matrices[i]->couplings();
@@ -651,7 +598,7 @@ NarrowLoss narrow_loss(const double* values, const double* sigma, const double* 
 // Bounds on what is a sum over many directions, of which a third or less is seen: far below what the results
 // are promised to (docs/definitions.md).
 bool is_small(const NarrowLoss& loss) {
-  return loss.value < 2e-5 && loss.gradient + loss.rounding < 1e-4;
+  return loss.value < 1e-4 && loss.gradient + loss.rounding < 2e-4;
 }
 
 // (I - 1 1^T / m) F (I - 1 1^T / m) of a symmetric matrix.
@@ -672,12 +619,23 @@ void centre_both_ways(P* f, int64_t m, int64_t ld) {
   }
 }
 
-// Functions of the Gram matrices that are `wanted`, to the targets' slots. `narrow`: what was reduced.
+enum class Outcome {
+  kDone,            // the value, and a gradient that is zero or not wanted
+  kFunction,        // the gradient is a function of the Gram matrix
+  kNarrowFunction,  // and float32 is enough for it
+  kInaccurate,      // float32 was not enough for what has been done
+  kSteep            // nor is a Gram matrix
+};
+
+// Functions of the Gram matrices whose outcome is one, to the targets' slots. `narrow`: of what was reduced.
 template <typename T>
 void apply_functions(const RowSet* sets, const Spectrum* spectra, const ShiftedInverses* functions,
-                     const bool* wanted, const bool* in_float32, int64_t count, SpectralTarget<T>* targets,
-                     SpectralWorkspace& ws, bool narrow) {
+                     const Outcome* outcome, int64_t count, SpectralTarget<T>* targets, SpectralWorkspace& ws,
+                     bool narrow) {
   DSE_STAGE("clusters: gradient matrices");
+  const auto is_wanted = [&](int64_t i) {
+    return outcome[i] == Outcome::kFunction || outcome[i] == Outcome::kNarrowFunction;
+  };
   const ShiftedInverses* chosen[kLanes];
   double* out[kLanes];
   float* narrow_out[kLanes];
@@ -685,7 +643,7 @@ void apply_functions(const RowSet* sets, const Spectrum* spectra, const ShiftedI
   for (int64_t i = 0; i < count; ++i) {  // in the order of reduce()
     const Spectrum& s = spectra[i];
     if (!s.finite || s.m > kLanesMaxSide) continue;
-    chosen[used] = wanted[i] ? &functions[i] : nullptr;
+    chosen[used] = is_wanted(i) ? &functions[i] : nullptr;
     out[used] = s.gram;
     narrow_out[used] = s.narrow_gram;
     ld[used] = narrow ? gram_ld(s.m) : stream_ld(s.m);
@@ -701,12 +659,12 @@ void apply_functions(const RowSet* sets, const Spectrum* spectra, const ShiftedI
     targets[i].form = SavedForm::kGramSide;
   };
   for (int64_t i = 0; i < count; ++i) {
-    if (!wanted[i]) continue;
+    if (!is_wanted(i)) continue;
     const Spectrum& s = spectra[i];
     if (s.m <= kLanesMaxSide) {
       if (narrow) finish(i, s.narrow_gram, gram_ld(s.m));
       else finish(i, s.gram, stream_ld(s.m));
-    } else if (in_float32[i]) {
+    } else if (outcome[i] == Outcome::kNarrowFunction) {
       finish(i, ws.large[i].apply_narrow(functions[i]), stream_ld(s.m));
     } else {
       ws.large[i].apply(functions[i], s.gram);
@@ -765,14 +723,6 @@ void exact_spectral_function(const RowSet& set, SpectralKind kind, const Spectru
 }  // namespace
 
 namespace {
-
-enum class Outcome {
-  kDone,            // the value, and a gradient that is zero or not wanted
-  kFunction,        // the gradient is a function of the Gram matrix
-  kNarrowFunction,  // and float32 is enough for it
-  kInaccurate,      // float32 was not enough for what has been done
-  kSteep            // nor is a Gram matrix
-};
 
 // From eigenvalues to the value, and to the gradient's function. `narrow`: float32 took part in the eigenvalues.
 template <typename T>
@@ -834,26 +784,31 @@ void spectral_functions_in(const RowSet* sets, int64_t count, SpectralKind kind,
   decompose(spectra, count, ws, narrow);
 
   ShiftedInverses functions[kLanes];
-  bool wanted[kLanes] = {}, in_float32[kLanes] = {};
+  Outcome outcome[kLanes];
+  Spectrum* again[kLanes];
+  Tridiagonal* matrices[kLanes];
+  int64_t count_again = 0;
   for (int64_t i = 0; i < count; ++i) {
     Spectrum& s = spectra[i];
-    Outcome outcome = evaluate(sets[i], kind, s, targets[i], narrow, functions[i]);
-    if (outcome == Outcome::kInaccurate && s.m > kLanesMaxSide && s.finite && !s.narrow_products) {
-      // The Gram matrix is as good as it gets, and its reduction can be taken up where float32 began.
-      DSE_STAGE("clusters: tridiagonal form, eigenvalues");
-      ws.large[i].reduce_again(s.gram);
-      Spectrum* const spectrum = &s;
-      Tridiagonal* const matrix = &ws.large[i];
-      large_eigenvalues(&spectrum, &matrix, 1, ws);
-      s.error = 0.0;
-      outcome = evaluate(sets[i], kind, s, targets[i], false, functions[i]);
-    }
-    if (outcome == Outcome::kInaccurate) failed->push_back(i);
-    if (outcome == Outcome::kSteep) exact_spectral_function(sets[i], kind, s, targets[i], ws);
-    wanted[i] = outcome == Outcome::kFunction || outcome == Outcome::kNarrowFunction;
-    in_float32[i] = outcome == Outcome::kNarrowFunction;
+    outcome[i] = evaluate(sets[i], kind, s, targets[i], narrow, functions[i]);
+    if (outcome[i] != Outcome::kInaccurate || s.m <= kLanesMaxSide || !s.finite || s.narrow_products) continue;
+    // The Gram matrix is as good as it gets, and its reduction can be taken up where float32 began.
+    DSE_STAGE("clusters: tridiagonal form, eigenvalues");
+    ws.large[i].reduce_again(s.gram);
+    s.error = 0.0;
+    again[count_again] = &s;
+    matrices[count_again++] = &ws.large[i];
   }
-  apply_functions(sets, spectra, functions, wanted, in_float32, count, targets, ws, narrow);
+  if (count_again > 0) large_eigenvalues(again, matrices, count_again, ws);
+  for (int64_t j = 0; j < count_again; ++j) {
+    const int64_t i = again[j] - spectra;
+    outcome[i] = evaluate(sets[i], kind, spectra[i], targets[i], false, functions[i]);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if (outcome[i] == Outcome::kInaccurate) failed->push_back(i);
+    if (outcome[i] == Outcome::kSteep) exact_spectral_function(sets[i], kind, spectra[i], targets[i], ws);
+  }
+  apply_functions(sets, spectra, functions, outcome, count, targets, ws, narrow);
 }
 
 }  // namespace

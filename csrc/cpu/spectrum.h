@@ -7,24 +7,12 @@
 
 #include "common/problem.h"
 #include "common/spectral.h"
-#include "cpu/features.h"
+#include "cpu/gather.h"
 #include "cpu/parallel.h"
 #include "cpu/tridiagonal.h"
 #include "cpu/tridiagonal_lanes.h"
 
 namespace dse::cpu {
-
-// A matrix whose rows are rows of `x`: either the n rows listed in `rows`, or first, first + 1, ...; its column
-// means are taken off where `center`.
-struct RowSet {
-  const Features* x = nullptr;
-  const int64_t* rows = nullptr;
-  int64_t first = 0;
-  int64_t n = 0;
-  bool center = false;
-
-  int64_t index(int64_t i) const { return rows != nullptr ? rows[i] : first + i; }
-};
 
 // Where the results of one matrix go. `slot` takes n * d elements of T (null: no gradient wanted).
 template <typename T>
@@ -57,10 +45,6 @@ inline int64_t reduction_rows(int64_t n) { return std::max<int64_t>(64, (n + 255
 
 // Means of the columns of a non-empty set; exact where all rows are equal.
 void column_means(const RowSet& set, double* mean);
-
-// Rows gathered as float64, centred about their mean without cancellation: `out` is n x ld with zero tails.
-// Returns the root mean square norm of the rows before centring.
-double gather_rows(const RowSet& set, double* out, int64_t ld);
 
 // Values and gradient matrices of one spectral function of up to kLanes matrices, best of similar size.
 // `narrow`: in float32 where the spectra allow it. Returns how many of them did not, and were done again.
