@@ -301,7 +301,7 @@ struct Spectrum {
 };
 
 // Error of a Gram matrix with float32 products, summed in float64 every 80 of `depth`, in units of its trace.
-double narrow_products(int64_t depth) { return 4e-9 * std::sqrt(std::min(1.0, 400.0 / static_cast<double>(depth))); }
+double narrow_products(int64_t depth) { return 2e-9 * std::sqrt(std::min(1.0, 1600.0 / static_cast<double>(depth))); }
 
 // The part of the columns that a mixed reduction may do in float64.
 constexpr int64_t kWideShare = 8;
@@ -411,7 +411,7 @@ void drop_lifted(Spectrum& s) {
 // About as many rows as features: the smallest singular values are out of reach of float32 products.
 bool is_nearly_square(const RowSet& set) {
   const int64_t d = set.x->dim;
-  return 4 * set.n > 3 * d && 5 * set.n < 9 * d;
+  return 100 * set.n > 92 * d && 100 * set.n < 108 * d;
 }
 
 void fill_narrow_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
