@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -59,6 +60,56 @@ void for_each_upper_tile(int64_t first, int64_t n, int64_t step, int64_t work, c
     const int64_t i = first + row * step, j = first + (row + task) * step;
     tile(i, std::min(n, i + step), j, std::min(n, j + step));
   });
+}
+
+// Rows or columns that are all zero (dead features, masked tokens) each hide one zero eigenvalue.
+template <typename P>
+int64_t count_null(const P* gram, int64_t m, int64_t ld, bool centered_rows) {
+  int64_t count = centered_rows ? 1 : 0;
+  for (int64_t i = 0; i < m; ++i) count += gram[i * ld + i] == P(0) ? 1 : 0;
+  return std::min(count, m);
+}
+
+template <typename P>
+void mirror_upper(P* g, int64_t n, int64_t ld) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < i; ++j) g[i * ld + j] = g[j * ld + i];
+}
+
+// turned (cols x ldt) = matrix^T, zero tails.
+template <typename P>
+void transpose(const P* matrix, int64_t rows, int64_t cols, int64_t ld, P* turned, int64_t ldt) {
+  constexpr int64_t kStep = 8;
+  for (int64_t i0 = 0; i0 < rows; i0 += kStep) {
+    const int64_t i1 = std::min(rows, i0 + kStep);
+    for (int64_t f = 0; f < cols; ++f)
+      for (int64_t i = i0; i < i1; ++i) turned[f * ldt + i] = matrix[i * ld + f];
+  }
+  for (int64_t f = 0; f < cols; ++f) std::fill(turned + f * ldt + rows, turned + (f + 1) * ldt, P(0));
+}
+
+template <typename P, typename T>
+void store_matrix(const P* src, int64_t rows, int64_t cols, int64_t ld, T* dst) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; ++j) dst[i * cols + j] = static_cast<T>(src[i * ld + j]);
+}
+
+// (I - 1 1^T / m) F (I - 1 1^T / m) of a symmetric matrix.
+template <typename P>
+void centre_both_ways(P* f, int64_t m, int64_t ld) {
+  std::vector<double> mean(static_cast<size_t>(m));
+  double total = 0.0;
+  for (int64_t i = 0; i < m; ++i) {
+    double sum = 0.0;
+    for (int64_t j = 0; j < m; ++j) sum += static_cast<double>(f[i * ld + j]);
+    mean[static_cast<size_t>(i)] = sum / static_cast<double>(m);
+    total += sum;
+  }
+  total /= static_cast<double>(m * m);
+  for (int64_t i = 0; i < m; ++i) {
+    const double own = mean[static_cast<size_t>(i)] - total;
+    for (int64_t j = 0; j < m; ++j) f[i * ld + j] -= static_cast<P>(own + mean[static_cast<size_t>(j)]);
+  }
 }
 
 }  // namespace dse::cpu

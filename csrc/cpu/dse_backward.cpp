@@ -20,6 +20,7 @@
 #include "cpu/operators.h"
 #include "cpu/products.h"
 #include "cpu/stage.h"
+#include "cpu/streamed_rank.h"
 #include "cpu/validate.h"
 
 namespace dse::cpu {

@@ -23,8 +23,9 @@
 #include "cpu/lazy_zeros.h"
 #include "cpu/operators.h"
 #include "cpu/row_statistics.h"
-#include "cpu/spectrum.h"
 #include "cpu/stage.h"
+#include "cpu/streamed.h"
+#include "cpu/streamed_rank.h"
 #include "cpu/validate.h"
 
 namespace dse::cpu {

@@ -10,7 +10,7 @@
 #include "cpu/aten.h"
 #include "cpu/operators.h"
 #include "cpu/row_statistics.h"
-#include "cpu/spectrum.h"
+#include "cpu/streamed_rank.h"
 
 namespace dse::cpu {
 namespace {

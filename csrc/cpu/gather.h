@@ -20,8 +20,8 @@ struct RowSet {
 };
 
 // The rows as float64 or float32, centred about their mean without cancellation (float32: rounded after a row of
-// theirs was taken off in float64): `out` is n x ld with zero tails. Returns the root mean square norm of the rows
-// before centring.
+// theirs was taken off in float64): `out` is n x ld with zero tails. Returns the root mean square norm of the
+// rows before centring.
 double gather_rows(const RowSet& set, double* out, int64_t ld);
 double gather_rows(const RowSet& set, float* out, int64_t ld);
 

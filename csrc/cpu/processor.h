@@ -23,7 +23,7 @@ inline const Isa kIsa = find_isa();
 
 // Calls `function` with `arguments` in the namespace of the processor's instruction set.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define DSE_CALL_BY_ISA(function, ...)                             \
+#define DSE_CALL_BY_ISA(function, ...)                                          \
   (::dse::cpu::kIsa == ::dse::cpu::Isa::kAvx512 ? avx512::function(__VA_ARGS__) \
    : ::dse::cpu::kIsa == ::dse::cpu::Isa::kAvx2 ? avx2::function(__VA_ARGS__)   \
                                                 : baseline::function(__VA_ARGS__))

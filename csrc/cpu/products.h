@@ -100,8 +100,8 @@ void accumulate_product(const T* a, int64_t lda, int64_t m, const PanelMatrix<T>
       for (int64_t i = 0; i < count; ++i) shifted[i] = out[i0 + i] + first;
       const int64_t columns = b.panel_width(first);
       for (int64_t r = 0; r < b.rows(); r += kDepth) {
-        tn_accumulate(a + r * lda + i0, lda, b.panel(first) + r * columns, columns, std::min(kDepth, b.rows() - r),
-                      alpha, shifted, count, columns);
+        tn_accumulate(a + r * lda + i0, lda, b.panel(first) + r * columns, columns,
+                      std::min(kDepth, b.rows() - r), alpha, shifted, count, columns);
       }
     }
   }

@@ -98,8 +98,7 @@ DSE_INLINE void distance_tile(const T* a, const T* const* b, int64_t ld, T* out)
 }
 
 template <typename T>
-void squared_distances(const T* a, const T* b, int64_t ld, const int64_t* rows, int64_t count,
-                                       T* out) {
+void squared_distances(const T* a, const T* b, int64_t ld, const int64_t* rows, int64_t count, T* out) {
   constexpr int R = kWideRegisters ? 8 : 4;
   const T* row[R];
   const auto take = [&](int64_t first, int64_t n) {

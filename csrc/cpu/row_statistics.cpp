@@ -7,8 +7,8 @@
 
 #include "cpu/parallel.h"
 #include "cpu/products.h"
-#include "cpu/spectrum.h"
 #include "cpu/stage.h"
+#include "cpu/streamed.h"
 
 namespace dse::cpu {
 namespace {

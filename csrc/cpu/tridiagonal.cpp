@@ -58,8 +58,7 @@ void mirror(T* a, int64_t ld, int64_t first, int64_t row_end, int64_t n) {
 // A -= V W^T + W V^T for rows and columns first .. n, above the diagonal and within its tiles; `pair` holds the
 // rows of V then those of W, `negated` those of -W then -V.
 template <typename T>
-void symmetric_update(const T* pair, const T* negated, int64_t rows, T* a, int64_t ld, int64_t first,
-                      int64_t n) {
+void symmetric_update(const T* pair, const T* negated, int64_t rows, T* a, int64_t ld, int64_t first, int64_t n) {
   const int64_t work = (n - first) * (n - first) * rows / 2;
   for_each_upper_tile(first, n, kTile, work, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
     tn_product_upper(pair, ld, negated, ld, rows, a, ld, i0, i1, j0, j1);
@@ -250,7 +249,8 @@ void Tridiagonal::apply_in(const ShiftedInverses& function, Memory<T>& memory, T
   T* w_rows = pair + kBlock * ld;
   T* negated = w_rows + kBlock * ld;
 
-  double* pivot = shifts_.reserve(shifts * n + shifts * (kBlock + 4) + kBlock * kBlock);  // inverses of the pivots
+  double* pivot =
+      shifts_.reserve(shifts * n + shifts * (kBlock + 4) + kBlock * kBlock);  // inverses of the pivots
   double* inside = pivot + shifts * n;        // shifts x kBlock: the row within the block
   double* corner = inside + shifts * kBlock;  // last diagonal entry of each inverse
   double* reach = corner + shifts;            // product of the ratios of a block
@@ -259,12 +259,12 @@ void Tridiagonal::apply_in(const ShiftedInverses& function, Memory<T>& memory, T
   double* block = weight + shifts;  // kBlock x kBlock: f(T) within the block
 
   T* row = memory.work.reserve(shifts * ld + shifts * kBlock + 3 * kBlock * kBlock + 2 * kBlock * ld);
-  T* ratios = row + shifts * ld;             // shifts x kBlock: weight * ratio to the first turned row
-  T* s_matrix = ratios + shifts * kBlock;    // S of the block reflector
-  T* small = s_matrix + kBlock * kBlock;     // V^T F V and what follows from it
+  T* ratios = row + shifts * ld;           // shifts x kBlock: weight * ratio to the first turned row
+  T* s_matrix = ratios + shifts * kBlock;  // S of the block reflector
+  T* small = s_matrix + kBlock * kBlock;   // V^T F V and what follows from it
   T* middle = small + kBlock * kBlock;
-  T* product = middle + kBlock * kBlock;     // rows: F V
-  T* turned = product + kBlock * ld;         // ld x kBlock: V^T, or coefficients of the turned rows
+  T* product = middle + kBlock * kBlock;  // rows: F V
+  T* turned = product + kBlock * ld;      // ld x kBlock: V^T, or coefficients of the turned rows
   std::fill(row, row + shifts * ld, T(0));
   for (int64_t s = 0; s < shifts; ++s) {
     // (A + s)^-1 = scale (scale A + scale s)^-1.

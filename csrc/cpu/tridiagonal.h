@@ -13,7 +13,8 @@ namespace dse::cpu {
 // gram_ld(n).
 class Tridiagonal {
  public:
-  // Reduces a matrix with zeros beyond column n, of which both triangles are given; it is overwritten. One thread.
+  // Reduces a matrix with zeros beyond column n, of which both triangles are given; it is overwritten. One
+  // thread.
   void reduce(double* a, int64_t n, int64_t ld);
   // The same, but for the first columns in float32: as long as that makes the error() smaller, and `most_wide` of
   // them or one block at most, are in float64.

@@ -81,10 +81,10 @@ void subtract_pairs(int64_t count, const T* left, const T* b, const T* right, co
     const T l0 = left[q], l1 = left[q + 1], l2 = left[q + 2], l3 = left[q + 3];
     const T r0 = right[q], r1 = right[q + 1], r2 = right[q + 2], r3 = right[q + 3];
     for (int64_t j = begin; j < end; j += w) {
-      const Lane<T> low = l0 * load(b0 + j) + l1 * load(b0 + ld + j) + l2 * load(b0 + 2 * ld + j) +
-                          l3 * load(b0 + 3 * ld + j);
-      const Lane<T> high = r0 * load(c0 + j) + r1 * load(c0 + ld + j) + r2 * load(c0 + 2 * ld + j) +
-                           r3 * load(c0 + 3 * ld + j);
+      const Lane<T> low =
+          l0 * load(b0 + j) + l1 * load(b0 + ld + j) + l2 * load(b0 + 2 * ld + j) + l3 * load(b0 + 3 * ld + j);
+      const Lane<T> high =
+          r0 * load(c0 + j) + r1 * load(c0 + ld + j) + r2 * load(c0 + 2 * ld + j) + r3 * load(c0 + 3 * ld + j);
       store(y + j, load(y + j) - (low + high));
     }
   }

@@ -25,6 +25,8 @@ namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr int kMaxSweeps = 80;
+// Squares of cosines below are zero in effect, and their inverses might overflow.
+constexpr double kLeastCosine = 1e-290;
 
 // What one shift needs: the pivots' inverses and the current row of (T + shift)^-1, from its diagonal on.
 template <typename T>
@@ -54,12 +56,10 @@ Eight<T>* vectors_of(T* data) {
   return reinterpret_cast<Eight<T>*>(data);
 }
 
-bool iterate_lanes(int64_t n, double* d, double* e) {
-  return DSE_CALL_BY_ISA(iterate, n, d, e);
-}
+bool iterate_lanes(int64_t n, double* d, double* e) { return DSE_CALL_BY_ISA(iterate, n, d, e); }
 
-// Eigenvalues of one tridiagonal matrix, without square roots: squares of the couplings e[i] and one chain of divisions (Pal,
-// Walker & Kahan; Parlett, "The Symmetric Eigenvalue Problem", 8.15). `e` holds the squares.
+// Eigenvalues of one tridiagonal matrix, without square roots: squares of the couplings e[i] and one chain of
+// divisions (Pal, Walker & Kahan; Parlett, "The Symmetric Eigenvalue Problem", 8.15). `e` holds the squares.
 bool iterate_one(int64_t n, double* d, double* e) {
   for (int64_t l = 0; l < n; ++l) {
     for (int sweep = 0;; ++sweep) {
@@ -77,11 +77,12 @@ bool iterate_one(int64_t n, double* d, double* e) {
       for (int64_t i = m - 1; i >= l; --i) {
         const double square = e[i], total = p + square, before = c, last = gamma;
         if (i + 1 < m) e[i + 1] = s * total;
+        const double secant = total / p;  // 1 / c, which does not wait for c
         c = p / total;
         s = square / total;
         gamma = c * (d[i] - shift) - s * last;
         d[i + 1] = last + (d[i] - gamma);
-        p = c > 0.0 ? gamma * gamma / c : before * square;
+        p = c > kLeastCosine ? gamma * gamma * secant : before * square;
       }
       e[l] = s * p;
       d[l] = shift + gamma;
@@ -174,7 +175,7 @@ void TridiagonalLanes<T>::apply(const ShiftedInverses* const* functions, T* cons
   DSE_CALL_BY_ISA(invert_pivots<T>, side_, most, vectors_of(diagonal), vectors_of(diagonal + step),
                   vectors_of(shift), vectors_of(pivot));
   const ShiftLanes<T> shifts{vectors_of(weight), vectors_of(pivot), vectors_of(pivot + most * step),
-                                    vectors_of(corner), most};
+                             vectors_of(corner), most};
   T* vectors = vectors_.data();
   T* a = matrix_.data();
   DSE_CALL_BY_ISA(way_back<T>, side_, vectors_of(a), vectors_of(vectors + step), vectors_of(vectors + 2 * step),

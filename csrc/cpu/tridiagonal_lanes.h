@@ -28,7 +28,8 @@ class TridiagonalLanes {
  public:
   // Reduces matrices A = Q T Q^T: side n[lane], row-major, leading dimension ld[lane], lower triangle read.
   // Eigenvalues as above.
-  bool reduce(int64_t count, const T* const* matrices, const int64_t* n, const int64_t* ld, double* const* values);
+  bool reduce(int64_t count, const T* const* matrices, const int64_t* n, const int64_t* ld,
+              double* const* values);
 
   // f(A) = Q f(T) Q^T of every lane with functions[lane] != nullptr, into out[lane], n x n with leading dimension
   // ld, symmetric. Once after each reduce().

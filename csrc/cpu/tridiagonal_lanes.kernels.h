@@ -178,12 +178,13 @@ bool iterate(int64_t n, double* d_lanes, double* e_lanes) {
           const Part square = e[i * kParts + q], own = d[i * kParts + q];
           const Part total = p[q] + square, last = gamma[q];
           const Part inverse = 1.0 / (now ? total : one);
+          const Part secant = total / (p[q] > 0.0 ? p[q] : one);  // 1 / cosine, which does not wait for it
           e[(i + 1) * kParts + q] = inner ? s[q] * total : e[(i + 1) * kParts + q];
           const Part cosine = p[q] * inverse, sine = square * inverse;
           const Part next = cosine * (own - shift[q]) - sine * last;
           d[(i + 1) * kParts + q] = now ? last + (own - next) : d[(i + 1) * kParts + q];
-          const Mask turns = cosine > 0.0;
-          const Part rest = turns ? next * next / (turns ? cosine : one) : c[q] * square;
+          const Mask turns = cosine > kLeastCosine;
+          const Part rest = turns ? next * next * secant : c[q] * square;
           p[q] = now ? rest : p[q];
           c[q] = now ? cosine : c[q];
           s[q] = now ? sine : s[q];

@@ -1,0 +1,106 @@
+#include "cpu/singular_values.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace dse::cpu {
+namespace {
+
+constexpr double kEps = std::numeric_limits<double>::epsilon();
+constexpr double kNarrowEps = std::numeric_limits<float>::epsilon();
+
+}  // namespace
+
+double noise_floor(double magnitude, int64_t n) {
+  return 4.0 * kEps * magnitude * std::sqrt(static_cast<double>(n));
+}
+
+void eigenvalues_to_sigma(const double* values, int64_t m, int64_t structural_null, double floor, double* sigma) {
+  for (int64_t i = 0; i < m; ++i) {
+    const double s = i < structural_null ? 0.0 : std::sqrt(std::max(values[i], 0.0));
+    sigma[i] = s > floor ? s : 0.0;
+  }
+}
+
+bool is_steep(const double* values, int64_t m, int64_t structural_null, double floor, double ratio) {
+  const double largest = values[m - 1];
+  // Nothing but rounding: the value is 0 and so is the gradient.
+  if (!(largest > floor * floor)) return false;
+  return structural_null < m && values[structural_null] < ratio * largest;
+}
+
+void cut_noise(double* sigma, int64_t m, int64_t n, int64_t d, double floor) {
+  const double largest = *std::max_element(sigma, sigma + m);
+  const double cut = std::max(floor, static_cast<double>(std::max(n, d)) * kEps * largest);
+  for (int64_t i = 0; i < m; ++i)
+    if (!(sigma[i] > cut)) sigma[i] = 0.0;
+}
+
+bool gradient_functions(SpectralKind kind, Part* parts, int64_t count, double value, const double* sigma,
+                        const double* weight, int64_t m, double error) {
+  InverseRootAndLog both[2];
+  double root = 0.0, log = 0.0, sum = 0.0, most = 0.0;
+  for (int64_t i = 0; i < m; ++i) {
+    sum += sigma[i];
+    most = std::max(most, std::abs(weight[i]));
+  }
+  const double centre = std::sqrt(parts[0].values[0]) * std::sqrt(parts[0].values[parts[0].count - 1]);
+  if (kind == SpectralKind::kEffectiveRank) {
+    // Near its maximum, where all singular values are equal, the effective rank has next to no gradient, and an
+    // error is relative to that.
+    const double bracket = most * sum / value;
+    if (!(bracket > 4.0 * kEps)) return false;
+    error = std::max(error * std::min(bracket, 1.0), 4.0 * kEps);
+  }
+  for (int64_t p = 0; p < count; ++p) {
+    Part& part = parts[p];
+    const double smallest = part.values[0], largest = part.values[part.count - 1];
+    if (kind == SpectralKind::kNuclearNorm) {
+      part.function = inverse_square_root(smallest, largest, error);
+      continue;
+    }
+    both[p] = inverse_square_root_and_log(smallest, largest, centre, error);
+    for (int64_t i = 0; i < part.count; ++i) {
+      root += part.values[i] * both[p].root.at(part.values[i]);
+      log += part.values[i] * both[p].log.at(part.values[i]);
+    }
+  }
+  if (kind == SpectralKind::kNuclearNorm) return true;
+  // w = -(F / S) (log s - log S + log F), log s = log(lambda) / 2. The second factor's constant makes sum w s
+  // vanish: the effective rank does not depend on the features' scale. Taken from the sums as they are, not from
+  // their limits, it makes that exact.
+  const double unit = -0.5 * value / sum, constant = -log / root;
+  for (int64_t p = 0; p < count; ++p) {
+    parts[p].function = both[p].log;
+    for (size_t s = 0; s < both[p].root.weight.size(); ++s) {
+      double& term = parts[p].function.weight[s];
+      term = unit * (term + constant * both[p].root.weight[s]);
+    }
+  }
+  return true;
+}
+
+NarrowLoss narrow_loss(const double* values, const double* sigma, const double* weight, int64_t null, int64_t m,
+                       double value, const ShiftedInverses* function, double error) {
+  double along = 0.0, squares = 0.0, change = 0.0, trace = 0.0, most = 0.0;
+  for (int64_t i = null; i < m; ++i) {
+    along += sigma[i] > 0.0 ? std::abs(weight[i]) / (2.0 * sigma[i]) : 0.0;
+    squares += weight[i] * weight[i];
+    trace += std::max(values[i], 0.0);
+    if (function == nullptr) continue;
+    double steepness = 0.0, size = 0.0;
+    for (size_t s = 0; s < function->shift.size(); ++s) {
+      const double inverse = 1.0 / (values[i] + function->shift[s]);
+      const double term = std::abs(function->weight[s]) * inverse;
+      size += term;
+      steepness += term * inverse;
+    }
+    most = std::max(most, size);
+    change += std::max(values[i], 0.0) * steepness * steepness;
+  }
+  return {error * along / value, error * std::sqrt(change / squares),
+          kNarrowEps * most * std::sqrt(trace / squares)};
+}
+
+}  // namespace dse::cpu

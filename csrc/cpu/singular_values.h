@@ -1,0 +1,65 @@
+// From the eigenvalues of a Gram matrix to the singular values, and from these to the function that a gradient
+// is.
+#pragma once
+
+#include <cstdint>
+
+#include "common/spectral.h"
+#include "cpu/shifts.h"
+
+namespace dse::cpu {
+
+// Smallest eigenvalue ratio of a float64 Gram matrix that still gives singular vectors accurate to about 1e-6
+// (float32 results) and 1e-9 (float64 results).
+template <typename T>
+constexpr double steep_ratio() {
+  return sizeof(T) == 8 ? 1e-6 : 1e-9;
+}
+
+// Error of the sums of inverses, relative to each singular value's share of the gradient.
+template <typename T>
+constexpr double function_error() {
+  return sizeof(T) == 8 ? 1e-11 : 3e-6;
+}
+
+// Below this, singular values are rounding of the rows themselves, whose root mean square norm is `magnitude`.
+double noise_floor(double magnitude, int64_t n);
+
+// Singular values from eigenvalues (ascending). `structural_null` eigenvalues are known to be zero.
+void eigenvalues_to_sigma(const double* values, int64_t m, int64_t structural_null, double floor, double* sigma);
+
+bool is_steep(const double* values, int64_t m, int64_t structural_null, double floor, double ratio);
+
+// Zeroes singular values (any order) that are rounding of the decomposition.
+void cut_noise(double* sigma, int64_t m, int64_t n, int64_t d, double floor);
+
+// Eigenvalues of a Gram matrix, or of the part of one that a small matrix stands for.
+struct Part {
+  const double* values;
+  int64_t count;
+  ShiftedInverses function;  // out: V diag(w / s) V^T as a function of the matrix
+};
+
+// The gradient's functions of all parts together, w the weights of spectral_value_and_weights for m singular
+// values. Returns whether there is any gradient.
+bool gradient_functions(SpectralKind kind, Part* parts, int64_t count, double value, const double* sigma,
+                        const double* weight, int64_t m, double error);
+
+// What results lose to float32, relative to themselves.
+struct NarrowLoss {
+  double value = 0.0;     // by an error of the Gram matrix
+  double gradient = 0.0;  // the same
+  double rounding = 0.0;  // of the gradient: float32 arithmetic on the way back
+
+  // The bounds are on sums over many directions in which errors do not agree: of the value, a thirtieth is seen,
+  // of the gradient what the bound says (docs/definitions.md).
+  bool is_small() const { return value < 1e-4 && gradient + rounding < 2e-4; }
+};
+
+// To first order in the Gram matrix's `error`, for eigenvalues values[null .. m) with weights w of their singular
+// values: dF = sum w / (2 s) dlambda, and d(w / s) s = s f'(lambda) dlambda with f a sum of inverses (null: no
+// gradient).
+NarrowLoss narrow_loss(const double* values, const double* sigma, const double* weight, int64_t null, int64_t m,
+                       double value, const ShiftedInverses* function, double error);
+
+}  // namespace dse::cpu

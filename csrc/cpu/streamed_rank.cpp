@@ -1,0 +1,261 @@
+#include "cpu/streamed_rank.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/aten.h"
+#include "cpu/dense.h"
+#include "cpu/projector.h"
+#include "cpu/singular_values.h"
+#include "cpu/stage.h"
+#include "cpu/streamed.h"
+
+namespace dse::cpu {
+namespace {
+
+// The part of the columns that a mixed reduction may do in float64.
+constexpr int64_t kWideShare = 8;
+
+// Smallest eigenvalue, in units of the mean one, above which the float32 products of column_gram change the
+// gradient by less than 3e-4.
+constexpr double kNarrowGramFloor = 5e-4;
+
+// Whether the matrix minus shift * identity is positive definite, in float32.
+bool exceeds(const double* gram, int64_t m, int64_t ld, double shift, float* work) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < m; ++j) work[i * m + j] = static_cast<float>(gram[i * ld + j]);
+  for (int64_t i = 0; i < m; ++i) work[i * m + i] = static_cast<float>(gram[i * ld + i] - shift);
+  return is_positive_definite(work, m, m);
+}
+
+}  // namespace
+
+void StreamedRank::measure(const RowSet& set, bool exact) {
+  DSE_STAGE("rank: second moment");
+  set_ = set;
+  m_ = std::min(set.n, set.x->dim);
+  const int64_t ldg = stream_ld(m_);
+  double* gram = gram_.reserve(m_ * ldg);
+  const bool columns = set.n > set.x->dim;
+  // Unit rows only: their squares cannot leave float32's range. Small matrices cost nothing either way, and of
+  // few rows the smallest eigenvalue is seldom large enough.
+  bool narrow = !exact && columns && set.n >= 4 * m_ && set.x->unit_rows && set.x->dtype != DType::kFloat64 &&
+                m_ > kLanesMaxSide;
+  double magnitude = 0.0;
+  const auto trace = [&] {
+    double total = 0.0;
+    for (int64_t i = 0; i < m_; ++i) total += gram[i * ldg + i];
+    return total;
+  };
+  if (narrow) {
+    magnitude = column_gram<float>(set, gram);
+    mirror_upper(gram, m_, ldg);
+    Buffer<float> work(m_ * m_);
+    narrow = exceeds(gram, m_, ldg, kNarrowGramFloor * trace() / static_cast<double>(m_), work.data());
+  }
+  gram_error_ = narrow ? narrow_products(set.n) * trace() : 0.0;
+  if (!narrow) magnitude = columns ? column_gram<double>(set, gram) : row_gram(set, gram);
+  floor_ = noise_floor(magnitude, set.n);
+  null_ = count_null(gram, m_, ldg, set.center && !columns);
+  mirror_upper(gram, m_, ldg);
+  finite_ = std::isfinite(trace());
+}
+
+bool StreamedRank::find_eigenvalues() {
+  const Tridiagonal& matrix = large_;
+  double* values = spectrum_.data();
+  const double* diagonal = matrix.diagonal();
+  const double* couplings = matrix.couplings();
+  const bool converged = tridiagonal_eigenvalues(1, &diagonal, &couplings, &m_, &values, iterated_);
+  for (int64_t i = 0; i < m_; ++i) values[i] /= matrix.scale();
+  return converged;
+}
+
+void StreamedRank::decompose(bool exact) {
+  DSE_STAGE("rank: tridiagonal form, eigenvalues");
+  if (!finite_) return;
+  const int64_t ldg = stream_ld(m_);
+  double* gram = gram_.data();
+  double* values = spectrum_.reserve(3 * m_);
+  if (m_ <= kLanesMaxSide) {
+    const double* matrix = gram;
+    converged_ = small_.reduce(1, &matrix, &m_, &ldg, &values);
+    return;
+  }
+  Tridiagonal& matrix = large_;
+  const bool mixed = !exact && null_ == 0;
+  // Where float32 products were good enough, the spectrum is so flat that one block is.
+  if (mixed) matrix.reduce_mixed(gram, m_, ldg, gram_error_ > 0.0 ? 0 : m_ / kWideShare);
+  else matrix.reduce(gram, m_, ldg);
+  converged_ = find_eigenvalues();
+  if (!mixed) return;
+  const double error = gram_error_ + matrix.error();
+  if (converged_ && values[0] > error) {
+    double* sigma = values + m_;
+    double* weight = sigma + m_;
+    eigenvalues_to_sigma(values, m_, 0, floor_, sigma);
+    const double value = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m_, weight);
+    Part part{values, m_, {}};
+    // At its maximum there is no gradient to be accurate about.
+    if (sigma[0] > 0.0 &&
+        gradient_functions(SpectralKind::kEffectiveRank, &part, 1, value, sigma, weight, m_,
+                           function_error<float>()) &&
+        narrow_loss(values, sigma, weight, 0, m_, value, &part.function, error).is_small())
+      return;
+  }
+  matrix.reduce_again(gram);
+  converged_ = find_eigenvalues();
+}
+
+double StreamedRank::finish(bool exact, double* gradient, RankForm* form) {
+  DSE_STAGE("rank: gradient matrix");
+  const int64_t ldg = stream_ld(m_);
+  *form = {};
+  bool steep = false;
+  if (!finite_) {  // squares overflow: no number can be given
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    if (gradient != nullptr) std::fill_n(gradient, m_ * m_, nan);
+    return nan;
+  }
+  double* values = spectrum_.data();
+  double* sigma = values + m_;
+  double* weight = sigma + m_;
+  double* gram = gram_.data();
+  double result = 0.0;
+  if (converged_) {
+    eigenvalues_to_sigma(values, m_, null_, floor_, sigma);
+    result = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m_, weight);
+    if (sigma[m_ - 1] == 0.0) {
+      if (gradient != nullptr) std::fill_n(gradient, m_ * m_, 0.0);
+      return result;
+    }
+    steep = (gradient != nullptr || exact) &&
+            (is_steep(values, m_, null_, floor_, exact ? steep_ratio<double>() : steep_ratio<float>()) ||
+             sigma[null_] == 0.0);
+  }
+  if (steep || !converged_) {
+    if (const auto value = finish_in_two_parts(exact, gradient, form)) return *value;
+    form->steep = true;
+    const double value = finish_exactly(gradient);
+    return exact || !converged_ ? value : result;
+  }
+  if (gradient == nullptr) return result;
+  Part part{values + null_, m_ - null_, {}};
+  if (!gradient_functions(SpectralKind::kEffectiveRank, &part, 1, result, sigma, weight, m_,
+                          exact ? function_error<double>() : function_error<float>())) {
+    std::fill_n(gradient, m_ * m_, 0.0);
+    return result;
+  }
+  if (m_ <= kLanesMaxSide) {
+    const ShiftedInverses* functions = &part.function;
+    small_.apply(&functions, &gram, &ldg);
+  } else if (!exact &&
+             narrow_loss(values, sigma, weight, null_, m_, result, &part.function, large_.error()).is_small()) {
+    float* narrow = large_.apply_narrow(part.function);
+    if (set_.center && set_.n <= set_.x->dim) centre_both_ways(narrow, m_, ldg);
+    store_matrix(narrow, m_, m_, ldg, gradient);
+    return result;
+  } else {
+    large_.apply(part.function, gram);
+  }
+  if (set_.center && set_.n <= set_.x->dim) centre_both_ways(gram, m_, ldg);
+  store_matrix(gram, m_, m_, ldg, gradient);
+  return result;
+}
+
+// Where only a few eigenvalues are out of the Gram matrix's reach and well below the others, as behind a layer
+// normalization, whose features sum to zero but for rounding: their eigenvectors V are within reach all the same,
+// and so is the small matrix of X V, whose squares are not lost beside larger ones.
+std::optional<double> StreamedRank::finish_in_two_parts(bool exact, double* gradient, RankForm* form) {
+  constexpr int64_t kMost = 32;  // eigenvalues of the small part
+  constexpr double kGap = 1e3;
+  const int64_t m = m_, d = set_.x->dim, ldg = stream_ld(m);
+  if (!converged_ || null_ > 0 || m <= kLanesMaxSide || set_.n <= d || set_.center) return std::nullopt;
+  double* values = spectrum_.data();
+  double* sigma = values + m;
+  double* weight = sigma + m;
+  const double ratio = exact ? steep_ratio<double>() : steep_ratio<float>(), largest = values[m - 1];
+  const int64_t few = std::lower_bound(values, values + m, ratio * largest) - values;
+  if (few == 0 || few > kMost || values[few] < kGap * std::max(std::abs(values[0]), values[few - 1]))
+    return std::nullopt;
+
+  Tridiagonal& matrix = large_;
+  double* basis = factors_.reserve(few * m + 2 * few * m);
+  matrix.smallest_subspace(few, std::max(std::abs(values[0]), values[few - 1]), basis);
+  const int64_t ld = gram_ld(few);
+  Buffer<double> part(few * ld);
+  projected_gram(set_, basis, few, part.data(), ld);
+  double part_values[kMost];
+  const double* part_matrix = part.data();
+  double* part_target = part_values;
+  if (!small_.reduce(1, &part_matrix, &few, &ld, &part_target)) return std::nullopt;
+
+  eigenvalues_to_sigma(values, m, few, floor_, sigma);
+  for (int64_t i = 0; i < few; ++i) sigma[i] = std::sqrt(std::max(part_values[i], 0.0));
+  cut_noise(sigma, m, set_.n, d, floor_);
+  const bool vanishes = sigma[few - 1] == 0.0;
+  // What is left of the small part is to be accurate, or nothing is to be left.
+  if (!vanishes && (exact || sigma[0] == 0.0 || part_values[0] < ratio * part_values[few - 1]))
+    return std::nullopt;
+  const double value = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m, weight);
+  if (!vanishes) *form = {true, few};
+  if (gradient == nullptr) return value;
+
+  Part parts[2]{{values + few, m - few, {}}, {part_values, few, {}}};
+  if (!gradient_functions(SpectralKind::kEffectiveRank, parts, vanishes ? 1 : 2, value, sigma, weight, m,
+                          exact ? function_error<double>() : function_error<float>())) {
+    std::fill_n(gradient, m * m, 0.0);
+    return value;
+  }
+  double* gram = gram_.data();
+  matrix.apply(parts[0].function, gram);
+  // (I - V V^T) F (I - V V^T) + V f V^T = F - V W^T - W V^T, W = F V - V (V^T F V + f) / 2.
+  std::fill(part.data(), part.data() + few * ld, 0.0);
+  if (!vanishes) {
+    const ShiftedInverses* functions = &parts[1].function;
+    double* target = part.data();
+    small_.apply(&functions, &target, &ld);
+  }
+  double* turned = basis + few * m;
+  double* update = turned + few * m;
+  multiply_rows(gram, m, ldg, few, basis, turned);
+  for (int64_t r = 0; r < few; ++r) {
+    double* w = update + r * m;
+    std::copy_n(turned + r * m, m, w);
+    for (int64_t q = 0; q < few; ++q)
+      axpy(-0.5 * (dot(turned + r * m, basis + q * m, m) + part[q * ld + r]), basis + q * m, w, m);
+  }
+  subtract_both_ways(gram, m, ldg, few, basis, update);
+  store_matrix(gram, m, m, ldg, gradient);
+  return value;
+}
+
+// By a singular value decomposition of the matrix or of its triangular factor.
+double StreamedRank::finish_exactly(double* gradient) {
+  const int64_t d = set_.x->dim, n = set_.n, ldg = stream_ld(m_);
+  double* sigma = spectrum_.data() + m_;
+  double* weight = sigma + m_;
+  double* r = factors_.reserve(m_ * d + m_ * m_);
+  double* basis = r + m_ * d;  // left singular vectors (n <= d) or right ones, as rows
+  if (n <= d) {
+    Buffer<double> matrix(n * d), u(m_ * m_);
+    gather_rows(set_, matrix.data(), d);
+    thin_svd(matrix.data(), n, d, d, u.data(), sigma, nullptr);
+    for (int64_t i = 0; i < m_; ++i)
+      for (int64_t j = 0; j < m_; ++j) basis[j * m_ + i] = u[i * m_ + j];
+  } else {
+    streamed_triangle(set_, r);
+    thin_svd(r, d, d, d, nullptr, sigma, basis);
+  }
+  std::fill(sigma + m_ - null_, sigma + m_, 0.0);
+  cut_noise(sigma, m_, n, d, floor_);
+  const double value = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m_, weight);
+  if (gradient == nullptr) return value;
+  for (int64_t i = 0; i < m_; ++i) weight[i] = sigma[i] > 0.0 ? weight[i] / sigma[i] : 0.0;
+  weighted_projector(basis, weight, m_, scaled_, gram_.data(), ldg);
+  store_matrix(gram_.data(), m_, m_, ldg, gradient);
+  return value;
+}
+
+}  // namespace dse::cpu
