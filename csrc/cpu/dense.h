@@ -11,12 +11,17 @@
 
 namespace dse::cpu {
 
-// Power of four, for exact square roots, that brings `largest` near 1: squares neither overflow nor vanish.
+// Power of four, for exact square roots, that brings `largest` near 1 where it is not: squares neither overflow
+// nor vanish.
 inline double unit_scale(double largest) {
-  if (!(largest > 0.0)) return 1.0;
+  if (!(largest > 0.0) || (largest > 1e-5 && largest < 1e5)) return 1.0;
   const double scale = std::exp2(-2.0 * std::floor(0.5 * std::log2(largest)));
   return std::isfinite(scale) ? scale : 1.0;
 }
+
+// Sums of squares that are zero beside a matrix brought near 1: a reflector of less would overflow.
+template <typename T>
+constexpr T kLeastSquare = sizeof(T) == 8 ? T(1e-280) : T(1e-30);
 
 // Makes row r of `rows` (n elements each) orthogonal to those before it, and its norm 1. Twice is enough (Kahan &
 // Parlett).

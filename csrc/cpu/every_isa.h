@@ -24,7 +24,11 @@
 #pragma GCC pop_options
 
 #pragma GCC push_options
+#ifdef DSE_EMULATE_AVX512  // the code of wide vectors, on a processor that has none
+#pragma GCC target("arch=x86-64-v3")
+#else
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#endif
 #define DSE_ISA avx512
 #define DSE_VECTOR_BYTES 64
 #include DSE_KERNELS

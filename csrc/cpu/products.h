@@ -47,7 +47,7 @@ inline int64_t narrow_ld(int64_t n) { return (n + kNarrowPanel - 1) / kNarrowPan
 void panel_gram_upper(const float* panels, int64_t rows, double* c, int64_t ldc, int64_t i0, int64_t i1,
                       int64_t j0, int64_t j1);
 
-// out[i][j] += alpha * sum_r a[r * lda + i] * b[r * ldb + j] for i < m, j < n; n a multiple of kRowPad.
+// out[i][j] += alpha * sum_r a[r * lda + i] * b[r * ldb + j] for i < m, j < n; n a multiple of eight.
 void tn_accumulate(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float alpha,
                    float* const* out, int64_t m, int64_t n);
 void tn_accumulate(const double* a, int64_t lda, const double* b, int64_t ldb, int64_t depth, double alpha,

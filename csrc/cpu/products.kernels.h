@@ -227,12 +227,12 @@ void panel_gram_upper(const float* panels, int64_t rows, double* c, int64_t ldc,
 
 // --- Products that are added to rows anywhere.
 
-template <typename T, int R, int C>
+template <typename T, int kSize, int R, int C>
 DSE_INLINE void accumulate_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T alpha,
                                 T* const* out, int64_t j) {
-  using V = Vec<T, kBytes>;
-  constexpr int64_t kLanes = kBytes / sizeof(T);
-  tn_tile<T, kBytes, R, C>(a, lda, b + j, ldb, depth, [&](int i, int v, const V& sum) {
+  using V = Vec<T, kSize>;
+  constexpr int64_t kLanes = kSize / sizeof(T);
+  tn_tile<T, kSize, R, C>(a, lda, b + j, ldb, depth, [&](int i, int v, const V& sum) {
     *reinterpret_cast<V*>(out[i] + j + v * kLanes) += alpha * sum;
   });
 }
@@ -243,8 +243,12 @@ DSE_INLINE void accumulate_rows(const T* a, int64_t lda, const T* b, int64_t ldb
   constexpr int64_t kLanes = kBytes / sizeof(T);
   constexpr int C = 3;
   int64_t j = 0;
-  for (; j + C * kLanes <= n; j += C * kLanes) accumulate_tile<T, R, C>(a, lda, b, ldb, depth, alpha, out, j);
-  for (; j < n; j += kLanes) accumulate_tile<T, R, 1>(a, lda, b, ldb, depth, alpha, out, j);
+  for (; j + C * kLanes <= n; j += C * kLanes)
+    accumulate_tile<T, kBytes, R, C>(a, lda, b, ldb, depth, alpha, out, j);
+  for (; j + kLanes <= n; j += kLanes) accumulate_tile<T, kBytes, R, 1>(a, lda, b, ldb, depth, alpha, out, j);
+  if constexpr (kLanes == 16) {  // columns come in multiples of eight
+    if (j < n) accumulate_tile<T, kBytes / 2, R, 1>(a, lda, b, ldb, depth, alpha, out, j);
+  }
 }
 
 template <typename T>

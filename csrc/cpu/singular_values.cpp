@@ -82,17 +82,16 @@ bool gradient_functions(SpectralKind kind, Part* parts, int64_t count, double va
 }
 
 NarrowLoss narrow_loss(const double* values, const double* sigma, const double* weight, int64_t null, int64_t m,
-                       double value, const ShiftedInverses* function, double error) {
+                       double value, const ShiftedInverses& function, double error) {
   double along = 0.0, squares = 0.0, change = 0.0, trace = 0.0, most = 0.0;
   for (int64_t i = null; i < m; ++i) {
     along += sigma[i] > 0.0 ? std::abs(weight[i]) / (2.0 * sigma[i]) : 0.0;
     squares += weight[i] * weight[i];
     trace += std::max(values[i], 0.0);
-    if (function == nullptr) continue;
     double steepness = 0.0, size = 0.0;
-    for (size_t s = 0; s < function->shift.size(); ++s) {
-      const double inverse = 1.0 / (values[i] + function->shift[s]);
-      const double term = std::abs(function->weight[s]) * inverse;
+    for (size_t s = 0; s < function.shift.size(); ++s) {
+      const double inverse = 1.0 / (values[i] + function.shift[s]);
+      const double term = std::abs(function.weight[s]) * inverse;
       size += term;
       steepness += term * inverse;
     }

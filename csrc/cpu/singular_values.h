@@ -57,9 +57,8 @@ struct NarrowLoss {
 };
 
 // To first order in the Gram matrix's `error`, for eigenvalues values[null .. m) with weights w of their singular
-// values: dF = sum w / (2 s) dlambda, and d(w / s) s = s f'(lambda) dlambda with f a sum of inverses (null: no
-// gradient).
+// values: dF = sum w / (2 s) dlambda, and d(w / s) s = s f'(lambda) dlambda with f a sum of inverses.
 NarrowLoss narrow_loss(const double* values, const double* sigma, const double* weight, int64_t null, int64_t m,
-                       double value, const ShiftedInverses* function, double error);
+                       double value, const ShiftedInverses& function, double error);
 
 }  // namespace dse::cpu

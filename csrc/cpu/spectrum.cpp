@@ -369,28 +369,25 @@ Outcome evaluate(const RowSet& set, SpectralKind kind, const Spectrum& s, Spectr
   const bool wants_gradient = target.slot != nullptr;
   if (sigma[s.m - 1] == 0.0) return no_gradient();
   if (narrow && (!(s.values[s.null] > s.error) || sigma[s.null] == 0.0)) return Outcome::kInaccurate;
+  // Without a gradient as with one in everything that the value depends on: it is the same.
   if (!wants_gradient && !narrow && sizeof(T) != 8) return Outcome::kDone;
-  if (!wants_gradient && narrow) {
-    const NarrowLoss loss = narrow_loss(s.values, sigma, weight, s.null, s.m, target.value, nullptr, s.error);
-    return loss.is_small() ? Outcome::kDone : Outcome::kInaccurate;
-  }
   if (is_steep(s.values, s.m, s.null, s.floor, steep_ratio<T>()) || sigma[s.null] == 0.0)
     return narrow ? Outcome::kInaccurate : Outcome::kSteep;
-  if (!wants_gradient) return Outcome::kDone;
+  if (!wants_gradient && !narrow) return Outcome::kDone;
   Part part{s.values + s.null, s.m - s.null, {}};
   if (!gradient_functions(kind, &part, 1, target.value, sigma, weight, s.m, function_error<T>()))
     return no_gradient();
   function = std::move(part.function);
   if (sizeof(T) == 8) return Outcome::kFunction;
-  const NarrowLoss loss = narrow_loss(s.values, sigma, weight, s.null, s.m, target.value, &function, s.error);
-  if (loss.is_small()) return Outcome::kNarrowFunction;
+  const NarrowLoss loss = narrow_loss(s.values, sigma, weight, s.null, s.m, target.value, function, s.error);
+  if (loss.is_small()) return wants_gradient ? Outcome::kNarrowFunction : Outcome::kDone;
   return narrow ? Outcome::kInaccurate : Outcome::kFunction;
 }
 
-// spectral_functions in one precision. `failed` receives the matrices whose spectra float32 is not enough for.
+// spectral_functions in one precision. Returns the matrices whose spectra float32 is not enough for.
 template <typename T>
-void spectral_functions_in(const RowSet* sets, int64_t count, SpectralKind kind, SpectralTarget<T>* targets,
-                           SpectralWorkspace& ws, bool narrow, std::vector<int64_t>* failed) {
+std::vector<int64_t> spectral_functions_in(const RowSet* sets, int64_t count, SpectralKind kind,
+                                           SpectralTarget<T>* targets, SpectralWorkspace& ws, bool narrow) {
   Spectrum spectra[kLanes];
   for (int64_t i = 0; i < count; ++i) {
     Spectrum& s = spectra[i];
@@ -424,11 +421,13 @@ void spectral_functions_in(const RowSet* sets, int64_t count, SpectralKind kind,
     const int64_t i = again[j] - spectra;
     outcome[i] = evaluate(sets[i], kind, spectra[i], targets[i], false, functions[i]);
   }
+  std::vector<int64_t> failed;
   for (int64_t i = 0; i < count; ++i) {
-    if (outcome[i] == Outcome::kInaccurate) failed->push_back(i);
+    if (outcome[i] == Outcome::kInaccurate) failed.push_back(i);
     if (outcome[i] == Outcome::kSteep) exact_spectral_function(sets[i], kind, spectra[i], targets[i], ws);
   }
   apply_functions(sets, spectra, functions, outcome, count, targets, ws, narrow);
+  return failed;
 }
 
 }  // namespace
@@ -437,11 +436,10 @@ template <typename T>
 int64_t spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind, SpectralTarget<T>* targets,
                            SpectralWorkspace& ws, bool narrow) {
   if (!narrow || sizeof(T) == 8) {
-    spectral_functions_in(sets, count, kind, targets, ws, false, nullptr);
+    spectral_functions_in(sets, count, kind, targets, ws, false);
     return 0;
   }
-  std::vector<int64_t> failed;
-  spectral_functions_in(sets, count, kind, targets, ws, true, &failed);
+  const std::vector<int64_t> failed = spectral_functions_in(sets, count, kind, targets, ws, true);
   if (failed.empty()) return 0;
   RowSet again[kLanes];
   SpectralTarget<T> again_targets[kLanes];
@@ -450,7 +448,7 @@ int64_t spectral_functions(const RowSet* sets, int64_t count, SpectralKind kind,
     again[i] = sets[failed[static_cast<size_t>(i)]];
     again_targets[i].slot = targets[failed[static_cast<size_t>(i)]].slot;
   }
-  spectral_functions_in(again, total, kind, again_targets, ws, false, nullptr);
+  spectral_functions_in(again, total, kind, again_targets, ws, false);
   for (int64_t i = 0; i < total; ++i) targets[failed[static_cast<size_t>(i)]] = again_targets[i];
   return total;
 }

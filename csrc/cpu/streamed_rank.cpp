@@ -101,7 +101,7 @@ void StreamedRank::decompose(bool exact) {
     if (sigma[0] > 0.0 &&
         gradient_functions(SpectralKind::kEffectiveRank, &part, 1, value, sigma, weight, m_,
                            function_error<float>()) &&
-        narrow_loss(values, sigma, weight, 0, m_, value, &part.function, error).is_small())
+        narrow_loss(values, sigma, weight, 0, m_, value, part.function, error).is_small())
       return;
   }
   matrix.reduce_again(gram);
@@ -151,7 +151,7 @@ double StreamedRank::finish(bool exact, double* gradient, RankForm* form) {
     const ShiftedInverses* functions = &part.function;
     small_.apply(&functions, &gram, &ldg);
   } else if (!exact &&
-             narrow_loss(values, sigma, weight, null_, m_, result, &part.function, large_.error()).is_small()) {
+             narrow_loss(values, sigma, weight, null_, m_, result, part.function, large_.error()).is_small()) {
     float* narrow = large_.apply_narrow(part.function);
     if (set_.center && set_.n <= set_.x->dim) centre_both_ways(narrow, m_, ldg);
     store_matrix(narrow, m_, m_, ldg, gradient);

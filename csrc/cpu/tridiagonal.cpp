@@ -65,6 +65,25 @@ void symmetric_update(const T* pair, const T* negated, int64_t rows, T* a, int64
   });
 }
 
+// Columns `first` and on of what symmetric_update() takes, from V (or what stands in its place) and W, its second
+// kBlock rows, of which `rows` count.
+template <typename T>
+void fill_operands(T* pair, int64_t ld, int64_t rows, const T* v_rows, int64_t first) {
+  for (int64_t i = 0; i < kBlock; ++i) {
+    T* v = pair + i * ld;
+    T* w = v + kBlock * ld;
+    T* minus_w = w + kBlock * ld;
+    T* minus_v = minus_w + kBlock * ld;
+    if (i >= rows) {
+      for (T* row : {v, w, minus_w, minus_v}) std::fill(row + first, row + ld, T(0));
+      continue;
+    }
+    if (v_rows != nullptr) std::copy(v_rows + i * ld + first, v_rows + (i + 1) * ld, v + first);
+    for (int64_t j = first; j < ld; ++j) minus_w[j] = -w[j];
+    for (int64_t j = first; j < ld; ++j) minus_v[j] = -v[j];
+  }
+}
+
 // An upper bound of the eigenvalues of a part of T, from its discs (Gershgorin).
 double bound_of(const double* diagonal, const double* off, int64_t begin, int64_t n) {
   double most = 0.0;
@@ -86,7 +105,6 @@ void Tridiagonal::reduce_columns(T* a, int64_t first, int64_t last, Memory<T>& m
   T* reflectors = memory.reflectors.data();
   T* pair = memory.panel.reserve_zeroed(4 * kBlock * ld);  // V, W, then their negatives in the other order
   T* w_rows = pair + kBlock * ld;
-  T* negated = w_rows + kBlock * ld;
   T coefficients[2 * kBlock];
 
   for (int64_t k0 = first; k0 < last; k0 += kBlock) {
@@ -112,13 +130,19 @@ void Tridiagonal::reduce_columns(T* a, int64_t first, int64_t last, Memory<T>& m
       T squares;
       dots(1, v, ld, v, begin, ld, &squares);
       const double head = off[k], tail = static_cast<double>(squares);
-      if (!(tail > 0.0)) continue;
+      if (!(squares > kLeastSquare<T>)) {
+        std::fill(v, v + ld, T(0));
+        continue;
+      }
       const double norm = std::sqrt(head * head + tail);
       // The sign that adds, so that nothing cancels.
       off[k] = head > 0.0 ? -norm : norm;
-      v[k + 1] = static_cast<T>(head - off[k]);
-      const double lead = static_cast<double>(v[k + 1]);
-      factor[k] = 2.0 / (lead * lead + tail);
+      // Its largest entry is 1: a factor and squares in the range of float32, however small the row.
+      const double lead = head - off[k];
+      const T inverse = static_cast<T>(1.0 / lead);
+      for (int64_t j = k + 2; j < n; ++j) v[j] *= inverse;
+      v[k + 1] = T(1);
+      factor[k] = 2.0 * (lead * lead) / (lead * lead + tail);
       symmetric_product(a, ld, k + 1, n, v, w);
       for (int64_t j = begin; j <= k; ++j) w[j] = T(0);
       std::fill(w + n, w + ld, T(0));
@@ -136,9 +160,8 @@ void Tridiagonal::reduce_columns(T* a, int64_t first, int64_t last, Memory<T>& m
     const int64_t rows = k1 - k0;
     std::copy_n(pair, rows * ld, reflectors + k0 * ld);
     if (k1 >= n) break;
-    for (int64_t i = 0; i < kBlock * ld; ++i) negated[i] = -w_rows[i];
-    for (int64_t i = 0; i < kBlock * ld; ++i) negated[kBlock * ld + i] = -pair[i];
-    symmetric_update(pair, negated, 2 * kBlock, a, ld, k1, n);
+    fill_operands(pair, ld, rows, static_cast<const T*>(nullptr), k1);
+    symmetric_update(pair, pair + 2 * kBlock * ld, 2 * kBlock, a, ld, k1, n);
   }
 }
 
@@ -247,7 +270,6 @@ void Tridiagonal::apply_in(const ShiftedInverses& function, Memory<T>& memory, T
   const T* reflectors = memory.reflectors.data();
   T* pair = memory.panel.data();
   T* w_rows = pair + kBlock * ld;
-  T* negated = w_rows + kBlock * ld;
 
   double* pivot =
       shifts_.reserve(shifts * n + shifts * (kBlock + 4) + kBlock * kBlock);  // inverses of the pivots
@@ -258,13 +280,14 @@ void Tridiagonal::apply_in(const ShiftedInverses& function, Memory<T>& memory, T
   double* weight = shift + shifts;
   double* block = weight + shifts;  // kBlock x kBlock: f(T) within the block
 
-  T* row = memory.work.reserve(shifts * ld + shifts * kBlock + 3 * kBlock * kBlock + 2 * kBlock * ld);
+  T* row = memory.work.reserve(shifts * ld + shifts * kBlock + 3 * kBlock * kBlock +
+                               kBlock * (ld + std::max(ld, shifts)));
   T* ratios = row + shifts * ld;           // shifts x kBlock: weight * ratio to the first turned row
   T* s_matrix = ratios + shifts * kBlock;  // S of the block reflector
   T* small = s_matrix + kBlock * kBlock;   // V^T F V and what follows from it
   T* middle = small + kBlock * kBlock;
   T* product = middle + kBlock * kBlock;  // rows: F V
-  T* turned = product + kBlock * ld;      // ld x kBlock: V^T, or coefficients of the turned rows
+  T* turned = product + kBlock * ld;      // ld x kBlock: V^T, or kBlock x shifts: coefficients of the turned rows
   std::fill(row, row + shifts * ld, T(0));
   for (int64_t s = 0; s < shifts; ++s) {
     // (A + s)^-1 = scale (scale A + scale s)^-1.
@@ -331,7 +354,7 @@ void Tridiagonal::apply_in(const ShiftedInverses& function, Memory<T>& memory, T
     for (int64_t j = 0; j < m; ++j)
       for (int64_t i = 0; i < kBlock; ++i) turned[j * kBlock + i] = i < rows ? v_rows[i * ld + k0 + j] : T(0);
     std::fill(product, product + kBlock * ld, T(0));
-    constexpr int64_t kColumns = 96;
+    constexpr int64_t kColumns = 48;  // of all rows, they stay in the smallest cache for a while
     for_each_task((m + kColumns - 1) / kColumns, m * m * rows, [&](int64_t task, int64_t) {
       T* own[kBlock];
       const int64_t j = k0 + task * kColumns;
@@ -354,18 +377,17 @@ void Tridiagonal::apply_in(const ShiftedInverses& function, Memory<T>& memory, T
         small[i * kBlock + j] = T(0.5) * total;
       }
     }
-    std::copy_n(v_rows, rows * ld, pair);
-    std::fill(pair + rows * ld, pair + 2 * kBlock * ld, T(0));
-    for (int64_t i = 0; i < rows; ++i) {
-      T* w = w_rows + i * ld;
-      T across[kBlock];
-      for (int64_t q = 0; q < rows; ++q) across[q] = small[q * kBlock + i];
-      for (int64_t q = 0; q < rows; ++q) middle[q] = -s_matrix[i * kBlock + q];
-      subtract_pairs(rows, across, v_rows, middle, product, ld, k0, ld, w);
-    }
-    for (int64_t i = 0; i < kBlock * ld; ++i) negated[i] = -w_rows[i];
-    for (int64_t i = 0; i < kBlock * ld; ++i) negated[kBlock * ld + i] = -pair[i];
-    symmetric_update(pair, negated, 2 * kBlock, out, ld, k0, n);
+    // Rows of W as sums over rows of F V and of V, by the transposes of the coefficients.
+    T* weights = small;
+    for (int64_t q = 0; q < kBlock; ++q)
+      for (int64_t i = 0; i < kBlock; ++i)
+        middle[q * kBlock + i] = i < rows && q < rows ? s_matrix[i * kBlock + q] : T(0);
+    for (int64_t i = 0; i < rows; ++i) std::fill(w_rows + i * ld + k0, w_rows + (i + 1) * ld, T(0));
+    for (int64_t i = 0; i < rows; ++i) targets[i] = w_rows + i * ld + k0;
+    tn_accumulate(middle, kBlock, product + k0, ld, rows, T(1), targets, rows, m);
+    tn_accumulate(weights, kBlock, v_rows + k0, ld, rows, T(-1), targets, rows, m);
+    fill_operands(pair, ld, rows, v_rows, k0);
+    symmetric_update(pair, pair + 2 * kBlock * ld, 2 * kBlock, out, ld, k0, n);
     // --- The turned rows: g - (g V) S^T V^T.
     for (int64_t s = 0; s < shifts; ++s) {
       T along[kBlock];

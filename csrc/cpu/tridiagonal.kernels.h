@@ -121,7 +121,34 @@ void dots(int64_t count, const T* b, int64_t ld, const T* v, int64_t begin, int6
   }
 }
 
-// Copies what lies above the diagonal, rows first .. row_end and columns to n, to below it.
+// out = transpose of eight rows of eight, of which `in` reads from the first.
+template <typename T>
+DSE_INLINE void transpose_eight(const T* in, int64_t ld, T* out) {
+  if constexpr (kWidth<T> == 8 && sizeof(T) == 4) {
+    Lane<T> r[8], s[8];
+    for (int i = 0; i < 8; ++i) r[i] = load(in + i * ld);
+    for (int i = 0; i < 4; ++i) {  // halves of rows four apart
+      s[i] = __builtin_shufflevector(r[i], r[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+      s[i + 4] = __builtin_shufflevector(r[i], r[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+    for (int h = 0; h < 8; h += 4) {
+      for (int i = 0; i < 2; ++i) {  // pairs of rows two apart
+        r[h + i] = __builtin_shufflevector(s[h + i], s[h + i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+        r[h + i + 2] = __builtin_shufflevector(s[h + i], s[h + i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+      }
+      for (int i = 0; i < 4; i += 2) {  // neighbours
+        store(out + (h + i) * ld, __builtin_shufflevector(r[h + i], r[h + i + 1], 0, 8, 2, 10, 4, 12, 6, 14));
+        store(out + (h + i + 1) * ld, __builtin_shufflevector(r[h + i], r[h + i + 1], 1, 9, 3, 11, 5, 13, 7, 15));
+      }
+    }
+  } else {
+    for (int j = 0; j < 8; ++j)
+      for (int i = 0; i < 8; ++i) out[j * ld + i] = in[i * ld + j];
+  }
+}
+
+// Copies what lies above the diagonal, rows first .. row_end and columns to n, to below it; `first` is a multiple
+// of eight.
 template <typename T>
 void mirror(T* a, int64_t ld, int64_t first, int64_t row_end, int64_t n) {
   constexpr int64_t kStep = 8;
@@ -129,7 +156,10 @@ void mirror(T* a, int64_t ld, int64_t first, int64_t row_end, int64_t n) {
     const int64_t i1 = std::min(row_end, i0 + kStep);
     for (int64_t i = i0; i < i1; ++i)
       for (int64_t j = i + 1; j < std::min(n, i0 + kStep); ++j) a[j * ld + i] = a[i * ld + j];
-    for (int64_t j = i0 + kStep; j < n; ++j)
+    int64_t j = i0 + kStep;
+    if (i1 - i0 == kStep)
+      for (; j + kStep <= n; j += kStep) transpose_eight(a + i0 * ld + j, ld, a + j * ld + i0);
+    for (; j < n; ++j)
       for (int64_t i = i0; i < i1; ++i) a[j * ld + i] = a[i * ld + j];
   }
 }

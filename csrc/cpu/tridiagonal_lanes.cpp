@@ -25,8 +25,9 @@ namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr int kMaxSweeps = 80;
-// Squares of cosines below are zero in effect, and their inverses might overflow.
-constexpr double kLeastCosine = 1e-290;
+// Squares of cosines and, in matrices whose entries are about 1, of couplings: what is less is zero in effect,
+// and its inverse might overflow.
+constexpr double kLeast = 1e-290;
 
 // What one shift needs: the pivots' inverses and the current row of (T + shift)^-1, from its diagonal on.
 template <typename T>
@@ -66,7 +67,7 @@ bool iterate_one(int64_t n, double* d, double* e) {
       int64_t m = l;
       for (; m + 1 < n; ++m) {
         const double negligible = kEps * (std::abs(d[m]) + std::abs(d[m + 1]));
-        if (e[m] <= negligible * negligible) break;
+        if (e[m] <= std::max(negligible * negligible, kLeast)) break;
       }
       if (m == l) break;
       if (sweep == kMaxSweeps) return false;
@@ -82,7 +83,7 @@ bool iterate_one(int64_t n, double* d, double* e) {
         s = square / total;
         gamma = c * (d[i] - shift) - s * last;
         d[i + 1] = last + (d[i] - gamma);
-        p = c > kLeastCosine ? gamma * gamma * secant : before * square;
+        p = c > kLeast ? gamma * gamma * secant : before * square;
       }
       e[l] = s * p;
       d[l] = shift + gamma;

@@ -111,7 +111,7 @@ void tridiagonalize(int64_t n, Eight<T>* a, Eight<T>* diagonal, Eight<T>* off, E
     }
     const V head = v[k + 1];
     const V norm = square_root(head * head + tail);
-    const auto reflects = tail > T(0);
+    const auto reflects = tail > kLeastSquare<T>;
     // The sign that adds, so that nothing cancels.
     const V alpha = head > T(0) ? -norm : norm;
     const V first = reflects ? head - alpha : zero;
@@ -149,7 +149,8 @@ bool iterate(int64_t n, double* d_lanes, double* e_lanes) {
         for (int q = 0; q < kParts; ++q) {
           const Part small =
               kEps * (magnitude(d[furthest * kParts + q]) + magnitude(d[(furthest + 1) * kParts + q]));
-          coupled[q] &= e[furthest * kParts + q] > small * small;
+          const Part square = e[furthest * kParts + q];
+          coupled[q] &= (square > small * small) & (square > kLeast);
           m[q] -= coupled[q];  // true is -1
           still |= coupled[q];
         }
@@ -183,7 +184,7 @@ bool iterate(int64_t n, double* d_lanes, double* e_lanes) {
           const Part cosine = p[q] * inverse, sine = square * inverse;
           const Part next = cosine * (own - shift[q]) - sine * last;
           d[(i + 1) * kParts + q] = now ? last + (own - next) : d[(i + 1) * kParts + q];
-          const Mask turns = cosine > kLeastCosine;
+          const Mask turns = cosine > kLeast;
           const Part rest = turns ? next * next * secant : c[q] * square;
           p[q] = now ? rest : p[q];
           c[q] = now ? cosine : c[q];

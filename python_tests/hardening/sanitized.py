@@ -20,15 +20,19 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 OPTIONS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-fsanitize=thread", "-DDSE_THREADS_ALWAYS"],
+    # The code of 64-byte vectors, on whatever processor: split into what it has.
+    "wide": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DDSE_EMULATE_AVX512"],
+    "thread": ["-fsanitize=thread", "-DDSE_THREADS_ALWAYS", "-DDSE_EMULATE_AVX512"],
 }
 # Memory is filled with bytes that are NaN as numbers and absurd as indices: what is read before it
 # is written does not stay unseen. torch keeps some memory until the end of the process.
+ADDRESS = {
+    "ASAN_OPTIONS": "detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+}
 ENVIRONMENT = {
-    "address": {
-        "ASAN_OPTIONS": "detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    },
+    "address": ADDRESS,
+    "wide": ADDRESS,
     # torch and its MKL are not instrumented: what they do among themselves cannot be judged.
     "thread": {"TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1"},
 }
