@@ -129,6 +129,24 @@ def test_gradient_of_tiny_large_clusters(scale: float, decay: float) -> None:
     assert_clusters(x, labels, 1, *limits(torch.float32, decay))
 
 
+@pytest.mark.xfail(
+    reason="apply_narrow leaves the range of float32: its matrix has the size of an inverse square",
+    raises=AssertionError,
+)
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_gradient_of_a_large_rank_of_unscaled_features(scale: float) -> None:
+    """On the CPU, above a side of 160; up to it the matrix is float64."""
+    z = (normal(10, 100, 192) * scale).float()
+    labels = (torch.arange(100) % 2).expand(10, 100)
+    options = {"local_clusters": 2, "global_clusters": 2, "normalize": False}
+    gradients = []
+    for x in (z, z.double()):
+        x.requires_grad_()
+        c = dse_ext.dse_components(x, local_labels=labels, global_labels=labels, **options)
+        gradients.append(torch.autograd.grad(c.m_dim, x)[0].double() * scale)
+    assert_gradient(*gradients, limits(torch.float32, 0.0)[1])
+
+
 @pytest.mark.parametrize("first", [3.0, 0.0], ids=["steep ones first", "flat ones first"])
 def test_a_few_clusters_unlike_the_others(first: float, device: torch.device) -> None:
     """The largest clusters are a sample: they speak for the others, but decide none's accuracy."""
