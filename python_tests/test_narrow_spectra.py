@@ -1,0 +1,214 @@
+"""Float32 spectra against the same operators in float64, on the same rounded rows.
+
+Clusters, and the effective rank's large matrices, are decomposed in float32 where their spectra
+allow it. Each of these tests is on a spectrum that does, on one that does not, or on both in one
+call.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from features import generator, normal, orthogonal
+from parity import assert_gradient, relative_error, tolerance
+from torch import Tensor
+
+import dse_ext
+
+# Rows and features of a cluster. Up to a side of 160, eight matrices run at once; above, one at a
+# time. The Gram matrix is of the rows where there are no more rows than features.
+SMALL = ((60, 96), (120, 48), (97, 96), (160, 160))
+LARGE = ((161, 300), (400, 176), (200, 200), (180, 192))
+DECAYS = (0.0, 0.5, 1.0, 1.5, 3.0)
+
+
+def power_law(n: int, d: int, decay: float, seed: int = 0) -> Tensor:
+    """(n, d): deviations j^-decay along the axes of a random rotation, and an offset."""
+    sigma = torch.arange(1, d + 1, dtype=torch.float64) ** -decay
+    offset = normal(d, seed=seed + 1) * 2 * sigma.norm() / d**0.5
+    return (normal(n, d, seed=seed + 2) * sigma) @ orthogonal(d, seed=seed + 3) + offset
+
+
+def limits(dtype: torch.dtype, decay: float) -> tuple[float, float]:
+    """Of the value, and of the gradient: the promise, and a tighter bar for slow decays."""
+    promise = tolerance(torch.float32)
+    gradient = 3e-4 if decay <= 1 else promise.gradient
+    # bfloat16: its values are float32, its gradient is rounded once.
+    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    return promise.component, gradient + rounding
+
+
+def norms(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Nuclear norms and the gradient of their weighted sum."""
+    x = x.detach().requires_grad_()
+    value = torch.ops.dse_ext.cluster_nuclear_norms(x, labels, k, True)[0]
+    weights = torch.linspace(1, 2, k, dtype=torch.float64, device=x.device)
+    (gradient,) = torch.autograd.grad((value.double() * weights).sum(), x)
+    return value.detach(), gradient
+
+
+def rank(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    value = dse_ext.effective_rank(x)
+    (gradient,) = torch.autograd.grad(value, x)
+    return value.detach(), gradient
+
+
+def assert_clusters(x: Tensor, labels: Tensor, k: int, value: float, gradient: float) -> None:
+    """Every cluster by itself, so that none hides behind its neighbours."""
+    ours, ours_g = norms(x, labels, k)
+    theirs, theirs_g = norms(x.double(), labels, k)
+    assert float(((ours.double() - theirs) / theirs).abs().max()) <= value
+    # Without a gradient there are no functions of matrices, and precision is decided anew.
+    alone = torch.ops.dse_ext.cluster_nuclear_norms(x, labels, k, False)[0]
+    assert float(((alone.double() - theirs) / theirs).abs().max()) <= value
+    for group in range(x.shape[0]):
+        for cluster in range(k):
+            members = labels[group] == cluster
+            assert_gradient(ours_g[group, members], theirs_g[group, members], gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("shape", [*SMALL, *LARGE], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_nuclear_norms_of_power_laws(
+    shape: tuple[int, int], decay: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    n, d = shape
+    x = torch.cat([power_law(n, d, decay, seed) for seed in (0, 10)])[None].to(device, dtype)
+    labels = torch.arange(2, device=device).repeat_interleave(n)[None]
+    assert_clusters(x, labels, 2, *limits(dtype, decay))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize(
+    "shape", [(600, 96), (700, 176), (161, 300)], ids=lambda s: f"{s[0]}x{s[1]}"
+)
+def test_effective_rank_of_power_laws(
+    shape: tuple[int, int], decay: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    x = power_law(*shape, decay).to(device, dtype)
+    value, gradient = limits(dtype, decay)
+    ours, ours_g = rank(x)
+    theirs, theirs_g = rank(x.double())
+    assert relative_error(ours, theirs) <= value
+    assert_gradient(ours_g, theirs_g, gradient)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+@pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e12, 1e18, 1e30])
+@pytest.mark.parametrize("shape", [(60, 96), (120, 48), (161, 300)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_squares_out_of_the_range_of_float32(
+    shape: tuple[int, int], scale: float, decay: float, device: torch.device
+) -> None:
+    """Sums of squares from 1e-40 to 1e64: those that float32 does not hold are float64's."""
+    n, d = shape
+    x = (power_law(n, d, decay) * scale).float().to(device)
+    labels = torch.zeros(1, n, dtype=torch.int64, device=device)
+    value, gradient = limits(torch.float32, decay)
+    assert_clusters(x[None], labels, 1, value, gradient)
+    ours, ours_g = rank(x)
+    theirs, theirs_g = rank(x.double())
+    assert relative_error(ours, theirs) <= value
+    # The gradient's matrix has the size of an inverse square, and is multiplied in float32.
+    if 1e-15 < scale < 1e15:
+        assert_gradient(ours_g * scale, theirs_g * scale, gradient)
+
+
+@pytest.mark.xfail(
+    reason="apply_narrow overflows: its products have the size of the function over the squares "
+    "of reflectors that are not normalized",
+    raises=AssertionError,
+)
+@pytest.mark.parametrize(("scale", "decay"), [(1e-30, 1.0), (1e-25, 1.5)])
+def test_gradient_of_tiny_large_clusters(scale: float, decay: float) -> None:
+    """On the CPU it is NaN."""
+    x = (power_law(161, 300, decay) * scale)[None].float()
+    labels = torch.zeros(1, 161, dtype=torch.int64)
+    assert_clusters(x, labels, 1, *limits(torch.float32, decay))
+
+
+@pytest.mark.xfail(
+    reason="apply_narrow leaves the range of float32: its matrix has the size of an inverse square",
+    raises=AssertionError,
+)
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_gradient_of_a_large_rank_of_unscaled_features(scale: float) -> None:
+    """On the CPU, above a side of 160; up to it the matrix is float64."""
+    z = (normal(10, 100, 192) * scale).float()
+    labels = (torch.arange(100) % 2).expand(10, 100)
+    options = {"local_clusters": 2, "global_clusters": 2, "normalize": False}
+    gradients = []
+    for x in (z, z.double()):
+        x.requires_grad_()
+        c = dse_ext.dse_components(x, local_labels=labels, global_labels=labels, **options)
+        gradients.append(torch.autograd.grad(c.m_dim, x)[0].double() * scale)
+    assert_gradient(*gradients, limits(torch.float32, 0.0)[1])
+
+
+@pytest.mark.parametrize("first", [3.0, 0.0], ids=["steep ones first", "flat ones first"])
+def test_a_few_clusters_unlike_the_others(first: float, device: torch.device) -> None:
+    """The largest clusters are a sample: they speak for the others, but decide none's accuracy."""
+    d, most, few = 64, 28, 8
+    other = 3.0 - first
+    # A steep first two groups of eight reject float32 for the flat ones as well; flat ones try it.
+    decays = [first] * most + [other] * few
+    sizes = [40 - i // 6 for i in range(most + few)]
+    x = torch.cat(
+        [power_law(n, d, a, 20 * i) for i, (n, a) in enumerate(zip(sizes, decays, strict=True))]
+    )
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    order = torch.randperm(len(labels), generator=generator(1))
+    x, labels = x[order].float().to(device), labels[order].to(device)
+    assert_clusters(x[None], labels[None], len(sizes), *limits(torch.float32, 3.0))
+
+
+def outliers(n: int, d: int, decay: float, count: int, length: float) -> Tensor:
+    x = power_law(n, d, decay)
+    x[:count] *= length
+    return x[None].float()
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.5])
+@pytest.mark.parametrize(
+    "shape", [(60, 96), (161, 300), (400, 176)], ids=lambda s: f"{s[0]}x{s[1]}"
+)
+@pytest.mark.parametrize("length", [10.0, 1e3, 1e5])
+def test_a_first_row_far_from_the_others(
+    shape: tuple[int, int], decay: float, length: float, device: torch.device
+) -> None:
+    """Rows are rounded to float32 relative to the first one, which may be an outlier."""
+    x = outliers(*shape, decay, 1, length).to(device)
+    labels = torch.zeros(x.shape[:2], dtype=torch.int64, device=device)
+    assert_clusters(x, labels, 1, *limits(torch.float32, 3.0))
+
+
+@pytest.mark.xfail(
+    reason="the error of float32 products is taken for 2e-9 of the trace; it is 5e-8 where the "
+    "trace is a few rows' (narrow_products)",
+    raises=AssertionError,
+)
+@pytest.mark.parametrize(
+    ("shape", "decay", "length"), [((161, 300), 1.0, 100.0), ((330, 384), 0.5, 300.0)]
+)
+def test_a_few_rows_that_hold_the_trace(
+    shape: tuple[int, int], decay: float, length: float
+) -> None:
+    """Four long rows among many: on the CPU the gradient is off by 1.7e-3."""
+    x = outliers(*shape, decay, 4, length)
+    labels = torch.zeros(x.shape[:2], dtype=torch.int64)
+    assert_clusters(x, labels, 1, *limits(torch.float32, 3.0))
+
+
+def test_bitwise_the_same_for_one_and_two_threads(restore_threads: None) -> None:
+    """Precision is chosen by sizes and spectra, also where tasks of both precisions meet."""
+    shapes = [(170, 0.0), (170, 3.0), *[(40 - i % 3, 3.0 * (i % 4 == 0)) for i in range(40)]]
+    x = torch.cat([power_law(n, 176, a, 20 * i) for i, (n, a) in enumerate(shapes)]).float()
+    labels = torch.arange(len(shapes)).repeat_interleave(torch.tensor([n for n, _ in shapes]))
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append((*norms(x[None], labels[None], len(shapes)), *rank(x)))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
