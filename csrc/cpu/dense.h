@@ -93,10 +93,20 @@ void transpose(const P* matrix, int64_t rows, int64_t cols, int64_t ld, P* turne
   for (int64_t f = 0; f < cols; ++f) std::fill(turned + f * ldt + rows, turned + (f + 1) * ldt, P(0));
 }
 
+// dst (rows x cols) = unit * src.
 template <typename P, typename T>
-void store_matrix(const P* src, int64_t rows, int64_t cols, int64_t ld, T* dst) {
+void store_matrix(const P* src, int64_t rows, int64_t cols, int64_t ld, T* dst, double unit = 1.0) {
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; ++j) dst[i * cols + j] = static_cast<T>(src[i * ld + j]);
+    for (int64_t j = 0; j < cols; ++j)
+      dst[i * cols + j] = static_cast<T>(unit * static_cast<double>(src[i * ld + j]));
+}
+
+// Whether products with a positive semidefinite matrix, and with features that it belongs to, stay in the range
+// of float32.
+inline bool fits_float32(const double* matrix, int64_t side) {
+  double largest = 0.0;
+  for (int64_t i = 0; i < side; ++i) largest = std::max(largest, std::abs(matrix[i * side + i]));
+  return largest < 0x1p100 && largest > 0x1p-100;
 }
 
 // (I - 1 1^T / m) F (I - 1 1^T / m) of a symmetric matrix.

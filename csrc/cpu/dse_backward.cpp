@@ -15,6 +15,7 @@
 
 #include "cpu/arguments.h"
 #include "cpu/clusters.h"
+#include "cpu/dense.h"
 #include "cpu/dominant.h"
 #include "cpu/dse_state.h"
 #include "cpu/operators.h"
@@ -217,9 +218,7 @@ class Backward {
     // A steep spectrum leaves small differences of large terms, which only float64 keeps; so do features (without
     // normalization) whose inverse squares leave the range of float32.
     const int64_t side = dim_side(p_);
-    double largest = 0.0;
-    for (int64_t i = 0; i < side; ++i) largest = std::max(largest, std::abs(saved[i * side + i]));
-    const bool in_range = largest < 0x1p100 && largest > 0x1p-100;
+    const bool in_range = fits_float32(saved, side);
     if (form.dominant > 0 && in_range && sizeof(T) == 4) {
       if (ws.rest_of != saved) {
         std::copy_n(saved, side * side, ws.rest.reserve(side * side));

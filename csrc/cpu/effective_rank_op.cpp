@@ -8,6 +8,7 @@
 
 #include "cpu/arguments.h"
 #include "cpu/aten.h"
+#include "cpu/dense.h"
 #include "cpu/operators.h"
 #include "cpu/row_statistics.h"
 #include "cpu/streamed_rank.h"
@@ -93,7 +94,7 @@ Tensor backward(const Tensor& grad, const Tensor& x, const Tensor& saved, const 
     double weight = 0.0;
     load_run(grad_type, grad_data + p * grad.stride(0) * static_cast<int64_t>(grad.element_size()), 1, 1, 1.0,
              &weight);
-    if (sizeof(T) == 8 || form == SavedRank::kSteep) {
+    if (sizeof(T) == 8 || form == SavedRank::kSteep || !fits_float32(matrices + p * side * side, side)) {
       product<double>(features, p, center, matrices + p * side * side, weight, own);
     } else {
       product<float>(features, p, center, matrices + p * side * side, weight, own);

@@ -1,6 +1,6 @@
 // Includes the file that DSE_KERNELS names once for every instruction set, with
 //   DSE_ISA           the namespace that its functions go to,
-//   DSE_VECTOR_BYTES  the width of a vector register.
+//   DSE_VECTOR_BYTES  the width of a vector register (of two, in the baseline).
 // No include guard. A function's target has to be known where its source is read: vectors are split into what the
 // target has before anything is inlined, and neither target_clones nor inlining into a function of another target
 // puts them together again.

@@ -9,6 +9,8 @@ namespace {
 
 constexpr double kEps = std::numeric_limits<double>::epsilon();
 constexpr double kNarrowEps = std::numeric_limits<float>::epsilon();
+// Roundings that the entries of Q f(T) Q^T and of its product with the rows go through, about.
+constexpr double kWayBack = 8.0;
 
 }  // namespace
 
@@ -81,25 +83,27 @@ bool gradient_functions(SpectralKind kind, Part* parts, int64_t count, double va
   return true;
 }
 
-NarrowLoss narrow_loss(const double* values, const double* sigma, const double* weight, int64_t null, int64_t m,
-                       double value, const ShiftedInverses& function, double error) {
+NarrowLoss narrow_loss(const double* values, const double* sigma, const double* weight, int64_t null,
+                       int64_t lifted, int64_t m, double value, const ShiftedInverses& function, double error) {
   double along = 0.0, squares = 0.0, change = 0.0, trace = 0.0, most = 0.0;
-  for (int64_t i = null; i < m; ++i) {
-    along += sigma[i] > 0.0 ? std::abs(weight[i]) / (2.0 * sigma[i]) : 0.0;
-    squares += weight[i] * weight[i];
-    trace += std::max(values[i], 0.0);
+  for (int64_t i = lifted; i < m; ++i) {
+    const double own = i < null ? 0.0 : values[i];
     double steepness = 0.0, size = 0.0;
     for (size_t s = 0; s < function.shift.size(); ++s) {
-      const double inverse = 1.0 / (values[i] + function.shift[s]);
+      const double inverse = 1.0 / (own + function.shift[s]);
       const double term = std::abs(function.weight[s]) * inverse;
       size += term;
       steepness += term * inverse;
     }
     most = std::max(most, size);
-    change += std::max(values[i], 0.0) * steepness * steepness;
+    if (i < null) continue;
+    along += sigma[i] > 0.0 ? std::abs(weight[i]) / (2.0 * sigma[i]) : 0.0;
+    squares += weight[i] * weight[i];
+    trace += std::max(own, 0.0);
+    change += std::max(own, 0.0) * steepness * steepness;
   }
   return {error * along / value, error * std::sqrt(change / squares),
-          kNarrowEps * most * std::sqrt(trace / squares)};
+          kWayBack * kNarrowEps * most * std::sqrt(trace / squares)};
 }
 
 }  // namespace dse::cpu

@@ -52,13 +52,15 @@ struct NarrowLoss {
   double rounding = 0.0;  // of the gradient: float32 arithmetic on the way back
 
   // The bounds are on sums over many directions in which errors do not agree: of the value, a thirtieth is seen,
-  // of the gradient what the bound says (docs/definitions.md).
+  // of the gradient about what the bound says (docs/definitions.md).
   bool is_small() const { return value < 1e-4 && gradient + rounding < 2e-4; }
 };
 
 // To first order in the Gram matrix's `error`, for eigenvalues values[null .. m) with weights w of their singular
-// values: dF = sum w / (2 s) dlambda, and d(w / s) s = s f'(lambda) dlambda with f a sum of inverses.
-NarrowLoss narrow_loss(const double* values, const double* sigma, const double* weight, int64_t null, int64_t m,
-                       double value, const ShiftedInverses& function, double error);
+// values: dF = sum w / (2 s) dlambda, and d(w / s) s = s f'(lambda) dlambda with f a sum of inverses. The first
+// `null` are zero, and of these the first `lifted` are not the matrix's: what f is at the others, which is most,
+// rounds beside the rest.
+NarrowLoss narrow_loss(const double* values, const double* sigma, const double* weight, int64_t null,
+                       int64_t lifted, int64_t m, double value, const ShiftedInverses& function, double error);
 
 }  // namespace dse::cpu

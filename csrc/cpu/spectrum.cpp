@@ -26,8 +26,9 @@
 namespace dse::cpu {
 namespace {
 
-// The part of the columns that a mixed reduction may do in float64.
-constexpr int64_t kWideShare = 8;
+// Error of a Gram matrix of float32 products that are summed in float64 every 80, in units of the norm of its
+// diagonal: products of two rows err with the lengths of both.
+constexpr double kProducts = 4e-8;
 constexpr double kNarrowEps = std::numeric_limits<float>::epsilon();
 
 // One matrix on its way through spectral_functions.
@@ -162,16 +163,20 @@ void fill_narrow_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
     if (s.m > kLanesMaxSide) fill_large_gram(matrix, set, s, ws);
     else fill_small_gram(matrix, set, s, ws);
     const bool zero_sum = set.center && set.n <= set.x->dim;
-    double trace = 0.0;
+    double trace = 0.0, squares = 0.0;
     const auto look = [&](const auto* gram, int64_t ld) {
       s.null = count_null(gram, s.m, ld, zero_sum);
-      for (int64_t i = 0; i < s.m; ++i) trace += static_cast<double>(gram[i * ld + i]);
+      for (int64_t i = 0; i < s.m; ++i) {
+        const double own = static_cast<double>(gram[i * ld + i]);
+        trace += own;
+        squares += own * own;
+      }
     };
     if (s.m > kLanesMaxSide) look(s.gram, stream_ld(s.m));
     else look(s.narrow_gram, gram_ld(s.m));
     // Squares that leave float32's range are float64's.
     s.finite = trace > 1e-20 && trace < 1e30;
-    s.error = s.m > kLanesMaxSide ? narrow_products(std::max(set.n, set.x->dim)) * trace : 0.0;
+    s.error = s.m > kLanesMaxSide ? kProducts * std::sqrt(squares) : 0.0;
     s.narrow_products = true;
   }
   if (!s.finite || !set.center || set.n > set.x->dim) return;
@@ -275,11 +280,11 @@ void apply_functions(const RowSet* sets, const Spectrum* spectra, const ShiftedI
   }
   if (used > 0 && narrow) ws.narrow_small.apply(chosen, narrow_out, ld);
   else if (used > 0) ws.small.apply(chosen, out, ld);
-  const auto finish = [&](int64_t i, auto* matrix, int64_t own_ld) {
+  const auto finish = [&](int64_t i, auto* matrix, int64_t own_ld, double unit = 1.0) {
     const Spectrum& s = spectra[i];
     // Centred rows sum to zero: their vector of ones takes no part, whatever the function made of it.
     if (sets[i].center && sets[i].n <= sets[i].x->dim) centre_both_ways(matrix, s.m, own_ld);
-    store_matrix(matrix, s.m, s.m, own_ld, targets[i].slot);
+    store_matrix(matrix, s.m, s.m, own_ld, targets[i].slot, unit);
     targets[i].form = SavedForm::kGramSide;
   };
   for (int64_t i = 0; i < count; ++i) {
@@ -289,7 +294,9 @@ void apply_functions(const RowSet* sets, const Spectrum* spectra, const ShiftedI
       if (narrow) finish(i, s.narrow_gram, gram_ld(s.m));
       else finish(i, s.gram, stream_ld(s.m));
     } else if (outcome[i] == Outcome::kNarrowFunction) {
-      finish(i, ws.large[i].apply_narrow(functions[i]), stream_ld(s.m));
+      double unit = 1.0;
+      float* matrix = ws.large[i].apply_narrow(functions[i], &unit);
+      finish(i, matrix, stream_ld(s.m), unit);
     } else {
       ws.large[i].apply(functions[i], s.gram);
       finish(i, s.gram, stream_ld(s.m));
@@ -379,7 +386,8 @@ Outcome evaluate(const RowSet& set, SpectralKind kind, const Spectrum& s, Spectr
     return no_gradient();
   function = std::move(part.function);
   if (sizeof(T) == 8) return Outcome::kFunction;
-  const NarrowLoss loss = narrow_loss(s.values, sigma, weight, s.null, s.m, target.value, function, s.error);
+  const NarrowLoss loss =
+      narrow_loss(s.values, sigma, weight, s.null, s.lifted > 0.0 ? 1 : 0, s.m, target.value, function, s.error);
   if (loss.is_small()) return wants_gradient ? Outcome::kNarrowFunction : Outcome::kDone;
   return narrow ? Outcome::kInaccurate : Outcome::kFunction;
 }

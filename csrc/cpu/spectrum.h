@@ -24,7 +24,7 @@ struct SpectralTarget {
 struct SpectralWorkspace {
   Buffer<double> matrix;            // n x gram_ld(d), centred
   Buffer<double> turned;            // a block of features x gram_ld(n)
-  Buffer<double> gram[kLanes];      // m x gram_ld(m)
+  Buffer<double> gram[kLanes];      // m x stream_ld(m)
   Buffer<double> spectrum[kLanes];  // eigenvalues, singular values, weights
   Buffer<double> values;            // of the iteration for eigenvalues
   Buffer<double> scaled;            // two operands of the weighted product

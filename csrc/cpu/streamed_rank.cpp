@@ -14,9 +14,6 @@
 namespace dse::cpu {
 namespace {
 
-// The part of the columns that a mixed reduction may do in float64.
-constexpr int64_t kWideShare = 8;
-
 // Smallest eigenvalue, in units of the mean one, above which the float32 products of column_gram change the
 // gradient by less than 3e-4.
 constexpr double kNarrowGramFloor = 5e-4;
@@ -101,7 +98,7 @@ void StreamedRank::decompose(bool exact) {
     if (sigma[0] > 0.0 &&
         gradient_functions(SpectralKind::kEffectiveRank, &part, 1, value, sigma, weight, m_,
                            function_error<float>()) &&
-        narrow_loss(values, sigma, weight, 0, m_, value, part.function, error).is_small())
+        narrow_loss(values, sigma, weight, 0, 0, m_, value, part.function, error).is_small())
       return;
   }
   matrix.reduce_again(gram);
@@ -151,10 +148,11 @@ double StreamedRank::finish(bool exact, double* gradient, RankForm* form) {
     const ShiftedInverses* functions = &part.function;
     small_.apply(&functions, &gram, &ldg);
   } else if (!exact &&
-             narrow_loss(values, sigma, weight, null_, m_, result, part.function, large_.error()).is_small()) {
-    float* narrow = large_.apply_narrow(part.function);
+             narrow_loss(values, sigma, weight, null_, 0, m_, result, part.function, large_.error()).is_small()) {
+    double unit = 1.0;
+    float* narrow = large_.apply_narrow(part.function, &unit);
     if (set_.center && set_.n <= set_.x->dim) centre_both_ways(narrow, m_, ldg);
-    store_matrix(narrow, m_, m_, ldg, gradient);
+    store_matrix(narrow, m_, m_, ldg, gradient, unit);
     return result;
   } else {
     large_.apply(part.function, gram);

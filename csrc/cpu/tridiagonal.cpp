@@ -262,7 +262,7 @@ void Tridiagonal::smallest_subspace(int64_t count, double below, double* rows) {
 }
 
 template <typename T>
-void Tridiagonal::apply_in(const ShiftedInverses& function, Memory<T>& memory, T* out) {
+void Tridiagonal::apply_in(const ShiftedInverses& function, double unit, Memory<T>& memory, T* out) {
   const int64_t n = n_, ld = ld_, shifts = function.size();
   const double* diagonal = vectors_.data();
   const double* off = diagonal + n;
@@ -292,7 +292,7 @@ void Tridiagonal::apply_in(const ShiftedInverses& function, Memory<T>& memory, T
   for (int64_t s = 0; s < shifts; ++s) {
     // (A + s)^-1 = scale (scale A + scale s)^-1.
     shift[s] = function.shift[static_cast<size_t>(s)] * scale_;
-    weight[s] = function.weight[static_cast<size_t>(s)] * scale_;
+    weight[s] = function.weight[static_cast<size_t>(s)] / unit * scale_;
     double* inverse = pivot + s * n;
     inverse[0] = 1.0 / (diagonal[0] + shift[s]);
     for (int64_t i = 1; i < n; ++i)
@@ -405,15 +405,18 @@ void Tridiagonal::apply_in(const ShiftedInverses& function, Memory<T>& memory, T
   mirror(out, ld, 0, n, n);
 }
 
-void Tridiagonal::apply(const ShiftedInverses& function, double* out) { apply_in(function, wide_, out); }
+void Tridiagonal::apply(const ShiftedInverses& function, double* out) { apply_in(function, 1.0, wide_, out); }
 
-float* Tridiagonal::apply_narrow(const ShiftedInverses& function) {
+float* Tridiagonal::apply_narrow(const ShiftedInverses& function, double* unit) {
   const int64_t wide = narrow_from_ * ld_;
   if (narrow_from_ == n_) narrow_.reflectors.reserve(n_ * ld_);
   for (int64_t i = 0; i < wide; ++i) narrow_.reflectors[i] = static_cast<float>(wide_.reflectors[i]);
   narrow_.panel.reserve(4 * kBlock * ld_);
   float* out = narrow_matrix_.reserve(n_ * ld_);
-  apply_in(function, narrow_, out);
+  double most = 0.0;
+  for (const double weight : function.weight) most = std::max(most, std::abs(weight) * scale_);
+  *unit = most > 0.0 ? most : 1.0;
+  apply_in(function, *unit, narrow_, out);
   return out;
 }
 

@@ -9,6 +9,9 @@
 
 namespace dse::cpu {
 
+// The part of the columns that a mixed reduction does in float64 at most, where float32 products are not enough.
+inline constexpr int64_t kWideShare = 8;
+
 // A = Q T Q^T. Matrices are n x n, row-major, with leading dimension `ld`, a multiple of 8 and at least
 // gram_ld(n).
 class Tridiagonal {
@@ -40,9 +43,9 @@ class Tridiagonal {
   // f(A) = Q f(T) Q^T, symmetric, into `out` (as large as the matrix was; it may be the same memory). All
   // threads, unless called by a task of for_each_task. Not after a mixed reduction.
   void apply(const ShiftedInverses& function, double* out);
-  // The same in float32, after either reduction. The result has the leading dimension of A and is valid until the
-  // next call.
-  float* apply_narrow(const ShiftedInverses& function);
+  // The same in float32, after either reduction: f(A) = unit * result, whose entries are in range whatever f. It
+  // has the leading dimension of A and is valid until the next call.
+  float* apply_narrow(const ShiftedInverses& function, double* unit);
 
  private:
   template <typename T>
@@ -56,7 +59,7 @@ class Tridiagonal {
   template <typename T>
   void reduce_columns(T* a, int64_t begin, int64_t end, Memory<T>& memory);
   template <typename T>
-  void apply_in(const ShiftedInverses& function, Memory<T>& memory, T* out);
+  void apply_in(const ShiftedInverses& function, double unit, Memory<T>& memory, T* out);
 
   int64_t n_ = 0, ld_ = 0;
   double scale_ = 1.0, error_ = 0.0;

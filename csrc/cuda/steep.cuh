@@ -33,7 +33,7 @@ inline constexpr int kJacobiSweeps = 40;  // 6 to 10 are usual
 inline constexpr double kJacobiTolerance = 0x1p-46;
 
 // Smallest eigenvalue ratio at which a float64 Gram matrix gives singular vectors accurate to about 1e-6
-// (results in float32) and 1e-9 (in float64); as on the CPU (csrc/cpu/spectrum.cpp).
+// (results in float32) and 1e-9 (in float64); as on the CPU (csrc/cpu/singular_values.h).
 template <class S>
 constexpr double steep_ratio() {
   return sizeof(S) == 8 ? 1e-6 : 1e-9;
