@@ -9,7 +9,7 @@ ABI_VENV ?= .venv-abi
 PYTEST_ARGS ?=
 # Processes that share the tests, file by file; empty: one, with all the cores. Each gets one torch thread.
 TEST_WORKERS ?=
-# Of make fuzz; SANITIZER is address (with undefined behaviour) or thread.
+# Of make fuzz; SANITIZER is address (with undefined behaviour), wide (the same, the code of 64-byte vectors) or thread.
 SECONDS ?= 600
 SANITIZER ?= address
 FUZZ_SEED ?= 0
@@ -75,7 +75,7 @@ demo: build ## train, score and select on embedded photographs; writes runs/demo
 test: build ## run the tests
 	@$(PY) -m pytest python_tests $(if $(TEST_WORKERS),-n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder) $(PYTEST_ARGS)
 
-fuzz: build ## random calls of the CPU kernels under sanitizers; SECONDS=600 SANITIZER=address|thread FUZZ_SEED=1
+fuzz: build ## random calls of the CPU kernels under sanitizers; SECONDS=600 SANITIZER=address|wide|thread FUZZ_SEED=1
 	@$(PY) python_tests/hardening/sanitized.py $(SANITIZER) --seconds $(SECONDS) --seed $(FUZZ_SEED)
 
 bench: build ## time it against lightly, PyTorch, scikit-learn, faiss and scipy; prints tables of ratios

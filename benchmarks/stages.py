@@ -103,19 +103,20 @@ def stage_work(
         "row norms": Work(bytes=pass_),
         "local k-means": Work(single=rows * d * local, bytes=2 * pass_),
         "global k-means": Work(single=rows * d * k, bytes=2 * pass_),
+        # Float32 is enough for these clusters, or nearly all of them.
         "clusters: Gram matrices": Work(
-            double=sum(n * d * m / 2 for n, m in zip(sizes, sides, strict=True)), bytes=2 * pass_
+            single=sum(n * d * m / 2 for n, m in zip(sizes, sides, strict=True)), bytes=2 * pass_
         ),
-        "clusters: tridiagonal form, eigenvalues": Work(double=cubes),
-        "clusters: gradient matrices": Work(double=cubes),
+        "clusters: tridiagonal form, eigenvalues": Work(single=cubes),
+        "clusters: gradient matrices": Work(single=cubes),
         # Of few rows in float64; of more in float32, where the spectrum allows it (these do).
         "rank: second moment": Work(
             single=rows * d * m / 2 if rows >= 4 * m else 0.0,
             double=rows * d * m / 2 if rows < 4 * m else 0.0,
             bytes=pass_,
         ),
-        "rank: tridiagonal form, eigenvalues": Work(double=2 / 3 * m**3),
-        "rank: gradient matrix": Work(double=2 / 3 * m**3),
+        "rank: tridiagonal form, eigenvalues": Work(single=2 / 3 * m**3),
+        "rank: gradient matrix": Work(single=2 / 3 * m**3),
         "spread": Work(bytes=2 * pass_),
         "nearest other centroid": Work(single=rows * d * k, bytes=pass_),
         "backward: rank": Work(single=float(rows) * d * m, bytes=2 * pass_),

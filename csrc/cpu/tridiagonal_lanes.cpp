@@ -1,7 +1,7 @@
 // Householder tridiagonalization and implicit QL iterations (Golub & Van Loan, ch. 8), with every scalar a vector
 // of eight: lane l belongs to matrix l. A matrix of side 65 has too little work in a row or column to fill a
-// vector unit, and its QL iterations are a chain of square roots and divisions; eight matrices side by side fill
-// the unit at every step, the chain included. Smaller matrices are padded with zero rows, which stay decoupled.
+// vector unit, and its QL iterations are a chain of divisions; eight matrices side by side fill the unit at every
+// step, the chain included. Smaller matrices are padded with zero rows, which stay decoupled.
 //
 // No eigenvectors: a function of A is Q f(T) Q^T, and the inverse of a tridiagonal matrix costs one
 // multiplication an entry, so that the sum of a dozen of them (shifts.h) is cheaper than the rotations of the
@@ -12,8 +12,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
-#include <vector>
 
 #include "cpu/dense.h"
 #include "cpu/processor.h"
