@@ -19,7 +19,7 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
     begins.push_back(std::min(total, begins.back() + std::clamp<int64_t>(kMostCells / (side * side), 1, kLanes)));
   }
   const auto groups = static_cast<int64_t>(begins.size()) - 1;
-  int64_t work = beside ? x.dim * x.dim * x.dim : 0;
+  int64_t work = beside ? 32 * x.dim * x.dim : 0;
   for (const auto& item : items) {
     const int64_t side = std::min(item.n, x.dim);
     work += item.n * x.dim * side + 8 * side * side * side;

@@ -242,12 +242,13 @@ class Forward {
     nuclear_norms(x_, items, beside);
   }
 
-  // Effective rank of all rows, around the clusters' nuclear norms: one thread reduces the large Gram matrix
-  // while the others go through the clusters.
+  // Effective rank of all rows, around the clusters' nuclear norms: one thread finds the eigenvalues of the large
+  // matrix while the others go through the clusters.
   double rank_and_radii() {
     StreamedRank rank;
     rank.measure({&x_, nullptr, 0, p_.rows(), false}, kExact);
-    measure_clusters([&] { rank.decompose(kExact); });
+    rank.reduce(kExact);
+    measure_clusters([&] { rank.find_eigenvalues(); });
     RankForm form;
     const double value = rank.finish(kExact, save_ ? matrices() : nullptr, &form);
     int_[index_.rank_form()] = form.code();

@@ -8,10 +8,21 @@
 #include <cstring>
 #include <exception>
 #include <new>
+#include <thread>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <torch/csrc/stable/ops.h>
 
 namespace dse::cpu {
+
+#ifdef DSE_THREADS_ALWAYS
+inline constexpr int64_t kWorthThreads = 0;  // builds that look for races: threads at every size
+#else
+inline constexpr int64_t kWorthThreads = 1 << 20;
+#endif
 
 // Calls fn(task, worker) once for every task in [0, n). Which worker takes which task is decided at run time,
 // so a task's result must not depend on its worker: the outcome is then the same for any number of threads.
@@ -20,11 +31,6 @@ namespace dse::cpu {
 // waking a thread costs microseconds on an idle machine and a time slice on a busy one.
 template <typename Fn>
 void for_each_task(int64_t n, int64_t work, const Fn& fn) {
-#ifdef DSE_THREADS_ALWAYS
-  constexpr int64_t kWorthThreads = 0;  // builds that look for races: threads at every size
-#else
-  constexpr int64_t kWorthThreads = 1 << 20;
-#endif
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), n);
   if (work < kWorthThreads || workers < 2) {
     for (int64_t task = 0; task < n; ++task) fn(task, int64_t{0});
@@ -64,6 +70,113 @@ void for_each_problem(int64_t n, int64_t work, const Fn& fn) {
   for (int64_t problem = 0; problem < n; ++problem) fn(problem, 0);
 }
 
+// Threads for work in many short phases, too short to wake anybody for: whoever waits for the next one spins.
+// A phase has kParts parts, which any of the threads take; there may be helpers or none, they may be late, leave
+// or never come, and nobody waits for one that has not taken a part.
+class Crew {
+ public:
+  static constexpr int64_t kParts = 4;
+
+  // Calls fn(part) for every part in [0, kParts); fn must not throw. Not for helpers.
+  template <typename Fn>
+  void run(const Fn& fn) {
+    if (alone_) {
+      for (int64_t part = 0; part < kParts; ++part) fn(part);
+      return;
+    }
+    context_ = &fn;
+    call_ = [](const void* context, int64_t part) { (*static_cast<const Fn*>(context))(part); };
+    done_.store(0, std::memory_order_relaxed);
+    const uint64_t phase = phase_.load(std::memory_order_relaxed) + 1;
+    phase_.store(phase, std::memory_order_release);
+    take_parts(phase, 0);
+    for (int64_t spins = 0; done_.load(std::memory_order_acquire) < kParts; ++spins) wait(spins);
+  }
+
+  // Calls main(crew) on this thread, with the other threads as helpers where there are any and `work`
+  // multiply-adds are worth it.
+  template <typename Main>
+  static void gather(int64_t work, const Main& main) {
+    const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), kParts);
+    Crew crew;
+    if (work < kWorthThreads || workers < 2) {
+      crew.alone_ = true;
+      main(crew);
+      return;
+    }
+    std::exception_ptr failure;
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) {
+        if (worker > 0) {
+          crew.help(worker * kParts / workers);
+          continue;
+        }
+        try {
+          main(crew);
+        } catch (...) {
+          failure = std::current_exception();
+        }
+        crew.phase_.store(kEnd, std::memory_order_release);
+      }
+    });
+    if (failure) std::rethrow_exception(failure);
+  }
+
+ private:
+  static constexpr uint64_t kEnd = ~uint64_t{0};
+  // Of a phase, until a thread gives its time slice to others that want the processor, and until a helper leaves.
+  static constexpr int64_t kSpins = 2000, kPatience = 200000;
+
+  static void wait(int64_t spins) {
+    if (spins > kSpins) {
+      std::this_thread::yield();
+      return;
+    }
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  void help(int64_t first) {
+    uint64_t seen = 0;
+    for (int64_t spins = 0; spins < kPatience; ++spins) {
+      const uint64_t phase = phase_.load(std::memory_order_acquire);
+      if (phase == kEnd) return;
+      if (phase == seen) {
+        wait(spins);
+        continue;
+      }
+      seen = phase;
+      spins = 0;
+      take_parts(phase, first);
+    }
+  }
+
+  // A part that was taken keeps the phase open until it is done, and with it what the phase consists of. One
+  // whose phase is over is never taken: then all parts have its number, or a later one.
+  void take_parts(uint64_t phase, int64_t first) {
+    for (int64_t i = 0; i < kParts; ++i) {
+      const int64_t part = (first + i) % kParts;
+      std::atomic<uint64_t>& taken = taken_[part].phase;
+      uint64_t before = taken.load(std::memory_order_relaxed);
+      if (before >= phase || !taken.compare_exchange_strong(before, phase, std::memory_order_acq_rel)) continue;
+      call_(context_, part);
+      done_.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  struct alignas(64) Taken {
+    std::atomic<uint64_t> phase{0};
+  };
+
+  bool alone_ = false;
+  const void* context_ = nullptr;
+  void (*call_)(const void*, int64_t) = nullptr;
+  Taken taken_[kParts];
+  alignas(64) std::atomic<uint64_t> phase_{0};
+  alignas(64) std::atomic<int64_t> done_{0};
+};
+
 // A growing 64-byte-aligned array of T whose content is undefined after reserve().
 template <typename T>
 class Buffer {
@@ -90,8 +203,15 @@ class Buffer {
 #endif
     if (n > capacity_) {
       std::free(data_);
-      const size_t bytes = (static_cast<size_t>(n) * sizeof(T) + 63) / 64 * 64;
-      data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+      // Large ones in large pages, where the system has them: they are new in every call, and cost a fault a
+      // page.
+      constexpr size_t kLarge = size_t{1} << 21;
+      const size_t size = static_cast<size_t>(n) * sizeof(T), align = size >= kLarge ? kLarge : 64;
+      const size_t bytes = (size + align - 1) / align * align;
+      data_ = static_cast<T*>(std::aligned_alloc(align, bytes));
+#ifdef MADV_HUGEPAGE
+      if (data_ != nullptr && align == kLarge) madvise(data_, bytes, MADV_HUGEPAGE);
+#endif
       if (data_ == nullptr) {
         capacity_ = 0;
         throw std::bad_alloc();

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 namespace dse::cpu {
 namespace {
@@ -85,25 +86,38 @@ bool gradient_functions(SpectralKind kind, Part* parts, int64_t count, double va
 
 NarrowLoss narrow_loss(const double* values, const double* sigma, const double* weight, int64_t null,
                        int64_t lifted, int64_t m, double value, const ShiftedInverses& function, double error) {
-  double along = 0.0, squares = 0.0, change = 0.0, trace = 0.0, most = 0.0;
+  double along = 0.0, squares = 0.0, change = 0.0, trace = 0.0, sizes = 0.0;
+  std::vector<double> own(static_cast<size_t>(m)), at(own.size());  // eigenvalues, and the function of them
   for (int64_t i = lifted; i < m; ++i) {
-    const double own = i < null ? 0.0 : values[i];
+    const double eigenvalue = i < null ? 0.0 : std::max(values[i], 0.0);
     double steepness = 0.0, size = 0.0;
     for (size_t s = 0; s < function.shift.size(); ++s) {
-      const double inverse = 1.0 / (own + function.shift[s]);
+      const double inverse = 1.0 / (eigenvalue + function.shift[s]);
       const double term = std::abs(function.weight[s]) * inverse;
       size += term;
       steepness += term * inverse;
     }
-    most = std::max(most, size);
+    sizes += size * size;
     if (i < null) continue;
     along += sigma[i] > 0.0 ? std::abs(weight[i]) / (2.0 * sigma[i]) : 0.0;
     squares += weight[i] * weight[i];
-    trace += std::max(own, 0.0);
-    change += std::max(own, 0.0) * steepness * steepness;
+    trace += eigenvalue;
+    // The diagonal of a symmetric random matrix has twice the variance of the rest.
+    change += 2.0 * eigenvalue * steepness * steepness;
+    own[static_cast<size_t>(i)] = eigenvalue;
+    at[static_cast<size_t>(i)] = sigma[i] > 0.0 ? weight[i] / sigma[i] : 0.0;
+    double pairs = 0.0;
+    for (int64_t j = null; j < i; ++j) {
+      const double gap = eigenvalue - own[static_cast<size_t>(j)];
+      const double difference = at[static_cast<size_t>(i)] - at[static_cast<size_t>(j)];
+      const double slope = gap > 1e-7 * eigenvalue ? difference / gap : steepness;
+      pairs += slope * slope * (eigenvalue + own[static_cast<size_t>(j)]);
+    }
+    change += pairs;
   }
-  return {error * along / value, error * std::sqrt(change / squares),
-          kWayBack * kNarrowEps * most * std::sqrt(trace / squares)};
+  const double count = static_cast<double>(m - null), entry = error / std::sqrt(count);
+  return {error * along / value, entry * std::sqrt(change / squares),
+          kWayBack * kNarrowEps * std::sqrt(sizes / count * trace / squares)};
 }
 
 }  // namespace dse::cpu

@@ -56,10 +56,12 @@ struct NarrowLoss {
   bool is_small() const { return value < 1e-4 && gradient + rounding < 2e-4; }
 };
 
-// To first order in the Gram matrix's `error`, for eigenvalues values[null .. m) with weights w of their singular
-// values: dF = sum w / (2 s) dlambda, and d(w / s) s = s f'(lambda) dlambda with f a sum of inverses. The first
-// `null` are zero, and of these the first `lifted` are not the matrix's: what f is at the others, which is most,
-// rounds beside the rest.
+// To first order in the Gram matrix's error, of which `error` is the norm, for eigenvalues values[null .. m) with
+// weights w of their singular values: dF = sum w / (2 s) dlambda, and df(A) X, whose entries in the eigenvectors'
+// basis are those of the error times divided differences of f. Rounding has no preferred direction: an entry is
+// taken to be error / sqrt(m), twice what a random symmetric matrix of that norm has. The first `null`
+// eigenvalues are zero, and of these the first `lifted` are not the matrix's: what f is at the others rounds
+// beside the rest.
 NarrowLoss narrow_loss(const double* values, const double* sigma, const double* weight, int64_t null,
                        int64_t lifted, int64_t m, double value, const ShiftedInverses& function, double error);
 

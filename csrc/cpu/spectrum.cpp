@@ -66,7 +66,7 @@ void fill_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
   }
   // Rows that sum to zero: one singular value vanishes by construction.
   s.null = count_null(s.gram, s.m, ldg, set.center && rows_side);
-  mirror_upper(s.gram, s.m, ldg);
+  if (s.m <= kLanesMaxSide) mirror_upper(s.gram, s.m, ldg);
   double trace = 0.0;
   for (int64_t i = 0; i < s.m; ++i) trace += s.gram[i * ldg + i];
   s.finite = std::isfinite(trace);
@@ -123,7 +123,6 @@ void fill_large_gram(const float* matrix, const RowSet& set, Spectrum& s, Spectr
         panel_gram_upper(panels, height, s.gram, ldg, i, std::min(m, i + kGramTile), j,
                          std::min(m, j + kGramTile));
   }
-  mirror_upper(s.gram, m, ldg);
 }
 
 // The vector of ones, which centred rows have as a null vector, moved to the middle of the spectrum: a function
@@ -150,7 +149,7 @@ void drop_lifted(Spectrum& s) {
 // About as many rows as features: the smallest singular values are out of reach of float32 products.
 bool is_nearly_square(const RowSet& set) {
   const int64_t d = set.x->dim;
-  return 100 * set.n > 92 * d && 100 * set.n < 108 * d;
+  return 100 * set.n > 97 * d && 100 * set.n < 106 * d;
 }
 
 void fill_narrow_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
@@ -243,7 +242,7 @@ void decompose(Spectrum* spectra, int64_t count, SpectralWorkspace& ws, bool nar
     Spectrum& s = *small_spectra[i];
     s.converged = converged;
     if (!narrow || !converged) continue;
-    s.error = 2.0 * kNarrowEps * std::abs(s.values[s.m - 1]);
+    s.error = 4.0 * kNarrowEps * std::abs(s.values[s.m - 1]);
     if (s.lifted > 0.0) drop_lifted(s);
   }
 }

@@ -93,11 +93,11 @@ template <typename P>
 double column_gram(const RowSet& set, double* gram) {
   constexpr int64_t kPanel = sizeof(P) == 8 ? kGramPanel : kNarrowPanel;
   // Rows between two additions to the sums: those of one panel of each operand fit the smallest cache.
-  constexpr int64_t kPart = 80, block_rows = 2 * kPart;
+  const int64_t part = summed_rows(set.n, set.x->dim), block_rows = 4 * kLeastSummedRows;
   const int64_t d = set.x->dim, ldg = stream_ld(d);
   std::fill(gram, gram + d * ldg, 0.0);
   const auto put = [&](P* block, int64_t all, int64_t index, const auto* row) {
-    const int64_t before = index / kPart * kPart, rows = std::min(kPart, all - before), i = index - before;
+    const int64_t before = index / part * part, rows = std::min(part, all - before), i = index - before;
     P* panels = block + before * ldg;
     for (int64_t f = 0; f < d; f += kPanel) {
       P* out = panels + f * rows + i * kPanel;
@@ -108,8 +108,8 @@ double column_gram(const RowSet& set, double* gram) {
   };
   const double magnitude = stream_blocks<P>(set, block_rows, ldg, put, [&](const P* panels, int64_t rows) {
     for_each_upper_tile(0, d, kGramTile, d * d * rows / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-      for (int64_t r = 0; r < rows; r += kPart)
-        panel_gram_upper(panels + r * ldg, std::min(kPart, rows - r), gram, ldg, i0, i1, j0, j1);
+      for (int64_t r = 0; r < rows; r += part)
+        panel_gram_upper(panels + r * ldg, std::min(part, rows - r), gram, ldg, i0, i1, j0, j1);
     });
   });
   if (set.center) return magnitude;

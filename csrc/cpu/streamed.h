@@ -29,9 +29,15 @@ void column_means(const RowSet& set, double* mean);
 template <typename P>
 double column_gram(const RowSet& set, double* gram);
 
-// Error of a Gram matrix with float32 products, summed in float64 every 80 of `depth`, in units of its trace.
-inline double narrow_products(int64_t depth) {
-  return 2e-9 * std::sqrt(std::min(1.0, 1600.0 / static_cast<double>(depth)));
+// Rows of which column_gram sums products before it adds them to the Gram matrix's float64 sums: fewer where
+// there are few rows and small eigenvalues are near zero.
+inline constexpr int64_t kLeastSummedRows = 40;
+inline int64_t summed_rows(int64_t n, int64_t d) { return n < 4 * d ? kLeastSummedRows : 2 * kLeastSummedRows; }
+
+// Error of the Gram matrix of float32 products, in units of its trace.
+inline double narrow_products(int64_t n, int64_t d) {
+  return 2e-9 * std::sqrt(static_cast<double>(summed_rows(n, d)) / (2.0 * kLeastSummedRows) *
+                          std::min(1.0, 1600.0 / static_cast<double>(n)));
 }
 
 // Gram matrix of the rows of a set of n <= d rows, upper triangle.

@@ -14,16 +14,24 @@
 namespace dse::cpu {
 namespace {
 
-// Smallest eigenvalue, in units of the mean one, above which the float32 products of column_gram change the
-// gradient by less than 3e-4.
-constexpr double kNarrowGramFloor = 5e-4;
-
-// Whether the matrix minus shift * identity is positive definite, in float32.
-bool exceeds(const double* gram, int64_t m, int64_t ld, double shift, float* work) {
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < m; ++j) work[i * m + j] = static_cast<float>(gram[i * ld + j]);
-  for (int64_t i = 0; i < m; ++i) work[i * m + i] = static_cast<float>(gram[i * ld + i] - shift);
-  return is_positive_definite(work, m, m);
+// Whether float32 products are worth a try: not where a few rows from all over the set are nearly dependent,
+// which those of a flat spectrum are not. The test costs a hundredth of what a vain try does, and decides nothing
+// else.
+bool is_worth_narrow(const RowSet& set) {
+  constexpr int64_t kRows = 96;
+  constexpr float kLeast = 5e-4f;  // smallest eigenvalue, in units of the mean one
+  const int64_t ld = padded(set.x->dim);
+  int64_t index[kRows];
+  for (int64_t i = 0; i < kRows; ++i) index[i] = set.index(i * set.n / kRows);
+  Buffer<float> rows(kRows * ld), gram(kRows * kRows);
+  gather_rows({set.x, index, 0, kRows, set.center}, rows.data(), ld);
+  row_dots(rows.data(), kRows, rows.data(), kRows, ld, gram.data(), kRows);
+  float trace = 0.0f;
+  for (int64_t i = 0; i < kRows; ++i) trace += gram[i * kRows + i];
+  // Centred rows are dependent.
+  const int64_t side = set.center ? kRows - 1 : kRows;
+  for (int64_t i = 0; i < side; ++i) gram[i * kRows + i] -= kLeast * trace / static_cast<float>(kRows);
+  return is_positive_definite(gram.data(), side, kRows);
 }
 
 }  // namespace
@@ -32,44 +40,31 @@ void StreamedRank::measure(const RowSet& set, bool exact) {
   DSE_STAGE("rank: second moment");
   set_ = set;
   m_ = std::min(set.n, set.x->dim);
-  const int64_t ldg = stream_ld(m_);
-  double* gram = gram_.reserve(m_ * ldg);
   const bool columns = set.n > set.x->dim;
   // Unit rows only: their squares cannot leave float32's range. Small matrices cost nothing either way, and of
-  // few rows the smallest eigenvalue is seldom large enough.
-  bool narrow = !exact && columns && set.n >= 4 * m_ && set.x->unit_rows && set.x->dtype != DType::kFloat64 &&
-                m_ > kLanesMaxSide;
+  // hardly more rows than features the smallest eigenvalue is seldom large enough.
+  const bool narrow = !exact && columns && 4 * set.n >= 5 * m_ && set.x->unit_rows &&
+                      set.x->dtype != DType::kFloat64 && m_ > kLanesMaxSide && is_worth_narrow(set);
+  fill_gram(narrow);
+}
+
+void StreamedRank::fill_gram(bool narrow) {
+  const int64_t ldg = stream_ld(m_);
+  double* gram = gram_.reserve(m_ * ldg);
+  const bool columns = set_.n > set_.x->dim;
   double magnitude = 0.0;
-  const auto trace = [&] {
-    double total = 0.0;
-    for (int64_t i = 0; i < m_; ++i) total += gram[i * ldg + i];
-    return total;
-  };
-  if (narrow) {
-    magnitude = column_gram<float>(set, gram);
-    mirror_upper(gram, m_, ldg);
-    Buffer<float> work(m_ * m_);
-    narrow = exceeds(gram, m_, ldg, kNarrowGramFloor * trace() / static_cast<double>(m_), work.data());
-  }
-  gram_error_ = narrow ? narrow_products(set.n) * trace() : 0.0;
-  if (!narrow) magnitude = columns ? column_gram<double>(set, gram) : row_gram(set, gram);
-  floor_ = noise_floor(magnitude, set.n);
-  null_ = count_null(gram, m_, ldg, set.center && !columns);
-  mirror_upper(gram, m_, ldg);
-  finite_ = std::isfinite(trace());
+  if (narrow) magnitude = column_gram<float>(set_, gram);
+  else magnitude = columns ? column_gram<double>(set_, gram) : row_gram(set_, gram);
+  floor_ = noise_floor(magnitude, set_.n);
+  null_ = count_null(gram, m_, ldg, set_.center && !columns);
+  if (m_ <= kLanesMaxSide) mirror_upper(gram, m_, ldg);
+  double trace = 0.0;
+  for (int64_t i = 0; i < m_; ++i) trace += gram[i * ldg + i];
+  gram_error_ = narrow ? narrow_products(set_.n, m_) * trace : 0.0;
+  finite_ = std::isfinite(trace);
 }
 
-bool StreamedRank::find_eigenvalues() {
-  const Tridiagonal& matrix = large_;
-  double* values = spectrum_.data();
-  const double* diagonal = matrix.diagonal();
-  const double* couplings = matrix.couplings();
-  const bool converged = tridiagonal_eigenvalues(1, &diagonal, &couplings, &m_, &values, iterated_);
-  for (int64_t i = 0; i < m_; ++i) values[i] /= matrix.scale();
-  return converged;
-}
-
-void StreamedRank::decompose(bool exact) {
+void StreamedRank::reduce(bool exact) {
   DSE_STAGE("rank: tridiagonal form, eigenvalues");
   if (!finite_) return;
   const int64_t ldg = stream_ld(m_);
@@ -80,32 +75,49 @@ void StreamedRank::decompose(bool exact) {
     converged_ = small_.reduce(1, &matrix, &m_, &ldg, &values);
     return;
   }
-  Tridiagonal& matrix = large_;
   const bool mixed = !exact && null_ == 0;
-  // Where float32 products were good enough, the spectrum is so flat that one block is.
-  if (mixed) matrix.reduce_mixed(gram, m_, ldg, gram_error_ > 0.0 ? 0 : m_ / kWideShare);
-  else matrix.reduce(gram, m_, ldg);
-  converged_ = find_eigenvalues();
-  if (!mixed) return;
-  const double error = gram_error_ + matrix.error();
-  if (converged_ && values[0] > error) {
-    double* sigma = values + m_;
-    double* weight = sigma + m_;
-    eigenvalues_to_sigma(values, m_, 0, floor_, sigma);
-    const double value = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m_, weight);
-    Part part{values, m_, {}};
-    // At its maximum there is no gradient to be accurate about.
-    if (sigma[0] > 0.0 &&
-        gradient_functions(SpectralKind::kEffectiveRank, &part, 1, value, sigma, weight, m_,
-                           function_error<float>()) &&
-        narrow_loss(values, sigma, weight, 0, 0, m_, value, part.function, error).is_small())
-      return;
+  if (mixed) large_.reduce_mixed(gram, m_, ldg, m_ / kWideShare);
+  else large_.reduce(gram, m_, ldg);
+}
+
+void StreamedRank::find_eigenvalues() {
+  DSE_STAGE("rank: tridiagonal form, eigenvalues");
+  accurate_ = true;
+  if (!finite_ || m_ <= kLanesMaxSide) return;
+  double* values = spectrum_.data();
+  const double* diagonal = large_.diagonal();
+  const double* couplings = large_.couplings();
+  converged_ = tridiagonal_eigenvalues(1, &diagonal, &couplings, &m_, &values, iterated_);
+  for (int64_t i = 0; i < m_; ++i) values[i] /= large_.scale();
+  const double error = gram_error_ + large_.error();
+  if (error == 0.0) return;
+  accurate_ = false;
+  if (!converged_ || !(values[0] > error)) return;
+  double* sigma = values + m_;
+  double* weight = sigma + m_;
+  eigenvalues_to_sigma(values, m_, 0, floor_, sigma);
+  const double value = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m_, weight);
+  Part part{values, m_, {}};
+  // At its maximum there is no gradient to be accurate about.
+  accurate_ = sigma[0] > 0.0 &&
+              gradient_functions(SpectralKind::kEffectiveRank, &part, 1, value, sigma, weight, m_,
+                                 function_error<float>()) &&
+              narrow_loss(values, sigma, weight, 0, 0, m_, value, part.function, error).is_small();
+}
+
+void StreamedRank::start_again() {
+  if (gram_error_ > 0.0) {
+    fill_gram(false);
+    reduce(true);
+  } else {
+    DSE_STAGE("rank: tridiagonal form, eigenvalues");
+    large_.reduce_again(gram_.data());
   }
-  matrix.reduce_again(gram);
-  converged_ = find_eigenvalues();
+  find_eigenvalues();
 }
 
 double StreamedRank::finish(bool exact, double* gradient, RankForm* form) {
+  if (!accurate_) start_again();
   DSE_STAGE("rank: gradient matrix");
   const int64_t ldg = stream_ld(m_);
   *form = {};

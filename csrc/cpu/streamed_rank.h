@@ -21,32 +21,34 @@ struct RankForm {
   static RankForm of(int64_t code) { return {code != 0, std::max<int64_t>(code - 1, 0)}; }
 };
 
-// Effective rank of a matrix that is not held in memory, in three steps: the Gram matrix (all threads, one pass
-// over the rows), its eigenvalues (one thread: the caller may have other work for the others), and the value with
-// the m x m float64 matrix of its gradient (all threads), m = min(n, d).
+// Effective rank of a matrix that is not held in memory, in four steps: the Gram matrix (one pass over the rows)
+// and its tridiagonal form, by all threads; its eigenvalues, by one (the caller may have other work for the
+// others); and the value with the m x m float64 matrix of its gradient, by all, m = min(n, d).
 //
 // Precision follows the spectrum. A Gram matrix with float32 products, summed over blocks of rows and then in
-// float64, has errors of about 2e-9 of its trace; a float32 Cholesky factorization of the matrix minus a multiple
-// of the identity tells beforehand whether the smallest eigenvalue is far enough above that
-// (docs/definitions.md).
+// float64, has errors of about 2e-9 of its trace. Whether that, and a reduction in float32, were good enough is
+// read from the eigenvalues; where they were not, the last step does both again (docs/definitions.md).
 class StreamedRank {
  public:
   // `exact`: float64 all the way.
   void measure(const RowSet& set, bool exact);
-  void decompose(bool exact);
+  void reduce(bool exact);
+  void find_eigenvalues();
   // `exact`: the value needs full float64 accuracy. `gradient` may be null. `form` receives how products with the
   // gradient's matrix have to run.
   double finish(bool exact, double* gradient, RankForm* form);
 
-  // All three.
+  // All four.
   double run(const RowSet& set, bool exact, double* gradient, RankForm* form) {
     measure(set, exact);
-    decompose(exact);
+    reduce(exact);
+    find_eigenvalues();
     return finish(exact, gradient, form);
   }
 
  private:
-  bool find_eigenvalues();
+  void fill_gram(bool narrow);
+  void start_again();
   double finish_exactly(double* gradient);
   std::optional<double> finish_in_two_parts(bool exact, double* gradient, RankForm* form);
 
@@ -55,6 +57,7 @@ class StreamedRank {
   double floor_ = 0.0;
   bool finite_ = true;
   bool converged_ = true;
+  bool accurate_ = true;     // float32 was enough, or had no part in it
   double gram_error_ = 0.0;  // of float32 products, about
   Buffer<double> gram_;      // m x stream_ld(m)
   Buffer<double> spectrum_;  // eigenvalues, singular values, weights

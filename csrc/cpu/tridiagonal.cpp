@@ -33,13 +33,16 @@ namespace {
 
 // A multiple of kGramPanel: updates start at whole tiles.
 constexpr int64_t kBlock = kGramPanel;
+constexpr int64_t kCells = kBlock * kBlock;
 constexpr int64_t kTile = 96;
+// Columns that a mixed reduction does in float64 at least.
+constexpr int64_t kFirstWide = 8;
 
 int64_t down(int64_t i) { return i / 8 * 8; }
 
 template <typename T>
-void symmetric_product(const T* a, int64_t ld, int64_t first, int64_t n, const T* v, T* y) {
-  DSE_CALL_BY_ISA(symmetric_product, a, ld, first, n, v, y);
+void symmetric_product(const T* a, int64_t ld, int64_t first, int64_t last, int64_t n, const T* v, T* y) {
+  DSE_CALL_BY_ISA(symmetric_product, a, ld, first, last, n, v, y);
 }
 template <typename T>
 void subtract_pairs(int64_t count, const T* left, const T* b, const T* right, const T* c, int64_t ld,
@@ -55,33 +58,79 @@ void mirror(T* a, int64_t ld, int64_t first, int64_t row_end, int64_t n) {
   DSE_CALL_BY_ISA(mirror, a, ld, first, row_end, n);
 }
 
-// A -= V W^T + W V^T for rows and columns first .. n, above the diagonal and within its tiles; `pair` holds the
-// rows of V then those of W, `negated` those of -W then -V.
+// A crew's part of A -= V W^T + W V^T for rows and columns first .. n, above the diagonal and within its tiles;
+// `pair` holds the rows of V then those of W, `negated` those of -W then -V.
 template <typename T>
-void symmetric_update(const T* pair, const T* negated, int64_t rows, T* a, int64_t ld, int64_t first, int64_t n) {
-  const int64_t work = (n - first) * (n - first) * rows / 2;
-  for_each_upper_tile(first, n, kTile, work, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-    tn_product_upper(pair, ld, negated, ld, rows, a, ld, i0, i1, j0, j1);
-  });
+void symmetric_update(int64_t part, const T* pair, const T* negated, int64_t rows, T* a, int64_t ld,
+                      int64_t first, int64_t n) {
+  int64_t tile = 0;
+  for (int64_t i = first; i < n; i += kTile)
+    for (int64_t j = i; j < n; j += kTile)
+      if (tile++ % Crew::kParts == part)
+        tn_product_upper(pair, ld, negated, ld, rows, a, ld, i, std::min(n, i + kTile), j,
+                         std::min(n, j + kTile));
 }
 
-// Columns `first` and on of what symmetric_update() takes, from V (or what stands in its place) and W, its second
-// kBlock rows, of which `rows` count.
+// y = A v for rows and columns `first` .. n; v is zero before, and y is undefined there. `partial` has room for
+// Crew::kParts rows. A matrix of few columns is not worth the threads' company: which those are depends on n
+// only, and not on who is there.
 template <typename T>
-void fill_operands(T* pair, int64_t ld, int64_t rows, const T* v_rows, int64_t first) {
-  for (int64_t i = 0; i < kBlock; ++i) {
-    T* v = pair + i * ld;
-    T* w = v + kBlock * ld;
-    T* minus_w = w + kBlock * ld;
-    T* minus_v = minus_w + kBlock * ld;
-    if (i >= rows) {
-      for (T* row : {v, w, minus_w, minus_v}) std::fill(row + first, row + ld, T(0));
-      continue;
-    }
-    if (v_rows != nullptr) std::copy(v_rows + i * ld + first, v_rows + (i + 1) * ld, v + first);
-    for (int64_t j = first; j < ld; ++j) minus_w[j] = -w[j];
-    for (int64_t j = first; j < ld; ++j) minus_v[j] = -v[j];
+void symmetric_product(Crew& crew, const T* a, int64_t ld, int64_t first, int64_t n, const T* v, T* partial,
+                       T* y) {
+  constexpr int64_t kWorthParts = 640, kColumns = 320;
+  const int64_t begin = down(first);
+  if (n < kWorthParts || n - first < kColumns) {
+    symmetric_product(a, ld, begin, n, n, v, y);
+    return;
   }
+  // Rows of about equal areas.
+  int64_t edge[Crew::kParts + 1];
+  for (int64_t p = 0; p < Crew::kParts; ++p) {
+    const double left = std::sqrt(1.0 - static_cast<double>(p) / static_cast<double>(Crew::kParts));
+    edge[p] = begin + down(static_cast<int64_t>(static_cast<double>(n - begin) * (1.0 - left)));
+  }
+  edge[Crew::kParts] = n;
+  crew.run(
+      [&](int64_t p) { symmetric_product(a, ld, edge[p], edge[p + 1], n, v, p == 0 ? y : partial + p * ld); });
+  for (int64_t p = 1; p < Crew::kParts; ++p) {
+    const T* own = partial + p * ld;
+    for (int64_t j = edge[p]; j < n; ++j) y[j] += own[j];
+  }
+}
+
+// Columns first .. last of what symmetric_update() takes, from `rows` of V (or what stands in its place), and W
+// behind them.
+template <typename T>
+void fill_operands(T* pair, int64_t ld, int64_t rows, const T* v_rows, int64_t first, int64_t last) {
+  for (int64_t i = 0; i < rows; ++i) {
+    T* v = pair + i * ld;
+    T* w = v + rows * ld;
+    T* minus_w = w + rows * ld;
+    T* minus_v = minus_w + rows * ld;
+    if (v_rows != nullptr) std::copy(v_rows + i * ld + first, v_rows + i * ld + last, v + first);
+    for (int64_t j = first; j < last; ++j) minus_w[j] = -w[j];
+    for (int64_t j = first; j < last; ++j) minus_v[j] = -v[j];
+  }
+}
+
+// S (kBlock x kBlock, upper triangular) of the product of a block's reflectors, I - V S V^T, column by column:
+// S[i][i] = factor_i, S[0..i, i] = -factor_i S V^T v_i. Returns whether there is any.
+template <typename T>
+bool block_reflector(const T* v_rows, const double* factor, int64_t k0, int64_t rows, int64_t ld, T* s) {
+  bool any = false;
+  T along[kBlock];
+  std::fill(s, s + kCells, T(0));
+  for (int64_t i = 0; i < rows; ++i) {
+    any = any || factor[i] != 0.0;
+    dots(i, v_rows, ld, v_rows + i * ld, k0, ld, along);
+    for (int64_t q = 0; q < i; ++q) {
+      double total = 0.0;
+      for (int64_t r = q; r < i; ++r) total += static_cast<double>(s[q * kBlock + r] * along[r]);
+      s[q * kBlock + i] = static_cast<T>(-factor[i] * total);
+    }
+    s[i * kBlock + i] = static_cast<T>(factor[i]);
+  }
+  return any;
 }
 
 // An upper bound of the eigenvalues of a part of T, from its discs (Gershgorin).
@@ -97,18 +146,20 @@ double bound_of(const double* diagonal, const double* off, int64_t begin, int64_
 }  // namespace
 
 template <typename T>
-void Tridiagonal::reduce_columns(T* a, int64_t first, int64_t last, Memory<T>& memory) {
+void Tridiagonal::reduce_columns(T* a, int64_t first, int64_t last, Memory<T>& memory, Crew& crew) {
   const int64_t n = n_, ld = ld_;
   double* diagonal = vectors_.data();
   double* off = diagonal + n;
   double* factor = off + n;
   T* reflectors = memory.reflectors.data();
-  T* pair = memory.panel.reserve_zeroed(4 * kBlock * ld);  // V, W, then their negatives in the other order
-  T* w_rows = pair + kBlock * ld;
+  T* pair = memory.panel.reserve_zeroed((4 * kBlock + Crew::kParts) * ld);
+  T* partial = pair + 4 * kBlock * ld;  // behind V, W, and their negatives in the other order
   T coefficients[2 * kBlock];
 
-  for (int64_t k0 = first; k0 < last; k0 += kBlock) {
-    const int64_t k1 = std::min(n, k0 + kBlock);
+  for (int64_t k0 = first, k1 = 0; k0 < last; k0 = k1) {
+    k1 = std::min({n, last, (k0 / kBlock + 1) * kBlock});
+    const int64_t rows = k1 - k0;
+    T* w_rows = pair + rows * ld;
     for (int64_t k = k0; k < k1; ++k) {
       const int64_t p = k - k0;
       T* row = a + k * ld;
@@ -143,7 +194,7 @@ void Tridiagonal::reduce_columns(T* a, int64_t first, int64_t last, Memory<T>& m
       for (int64_t j = k + 2; j < n; ++j) v[j] *= inverse;
       v[k + 1] = T(1);
       factor[k] = 2.0 * (lead * lead) / (lead * lead + tail);
-      symmetric_product(a, ld, k + 1, n, v, w);
+      symmetric_product(crew, a, ld, k + 1, n, v, partial, w);
       for (int64_t j = begin; j <= k; ++j) w[j] = T(0);
       std::fill(w + n, w + ld, T(0));
       dots(p, w_rows, ld, v, begin, ld, coefficients);
@@ -157,11 +208,12 @@ void Tridiagonal::reduce_columns(T* a, int64_t first, int64_t last, Memory<T>& m
       const T half = static_cast<T>(0.5 * factor[k] * factor[k] * static_cast<double>(along));
       for (int64_t j = k + 1; j < n; ++j) w[j] = scaled * w[j] - half * v[j];
     }
-    const int64_t rows = k1 - k0;
     std::copy_n(pair, rows * ld, reflectors + k0 * ld);
     if (k1 >= n) break;
-    fill_operands(pair, ld, rows, static_cast<const T*>(nullptr), k1);
-    symmetric_update(pair, pair + 2 * kBlock * ld, 2 * kBlock, a, ld, k1, n);
+    // From a whole tile on; what that adds to columns before k1 is not looked at again.
+    const int64_t from = k1 / kBlock * kBlock;
+    fill_operands(pair, ld, rows, static_cast<const T*>(nullptr), from, ld);
+    crew.run([&](int64_t part) { symmetric_update(part, pair, pair + 2 * rows * ld, 2 * rows, a, ld, from, n); });
   }
 }
 
@@ -181,7 +233,7 @@ void Tridiagonal::start(double* a, int64_t n, int64_t ld) {
 void Tridiagonal::reduce(double* a, int64_t n, int64_t ld) {
   start(a, n, ld);
   wide_.reflectors.reserve_zeroed(n * ld);
-  reduce_columns(a, 0, n, wide_);
+  Crew::gather(n * n * n, [&](Crew& crew) { reduce_columns(a, 0, n, wide_, crew); });
 }
 
 void Tridiagonal::reduce_mixed(double* a, int64_t n, int64_t ld, int64_t most_wide) {
@@ -191,25 +243,33 @@ void Tridiagonal::reduce_mixed(double* a, int64_t n, int64_t ld, int64_t most_wi
   }
   start(a, n, ld);
   most_wide = std::clamp(most_wide / kBlock, int64_t{1}, n / kBlock - 1) * kBlock;
+  narrow_from_ = 0;
   wide_.reflectors.reserve_zeroed(most_wide * ld);
-  // What the last columns of a block still see of the spectrum, as a part of all of it.
-  constexpr int64_t kLast = 8;
-  constexpr double kLittle = 0.1, kSlow = 0.85;
-  double before = 1.0;
-  for (narrow_from_ = 0; narrow_from_ < most_wide;) {
-    reduce_columns(a, narrow_from_, narrow_from_ + kBlock, wide_);
-    narrow_from_ += kBlock;
-    const double seen = bound_of(diagonal(), couplings(), narrow_from_ - kLast, narrow_from_) /
-                        bound_of(diagonal(), couplings(), 0, narrow_from_);
-    if (seen < kLittle || !(seen < kSlow * before)) break;
-    before = seen;
-  }
+  double mean = 0.0;
+  for (int64_t i = 0; i < n; ++i) mean += a[i * ld + i] / static_cast<double>(n);
+  Crew::gather(n * n * n, [&](Crew& crew) {
+    // What the last columns still see of the spectrum: a small part of all of it, or little more than the mean
+    // eigenvalue, is little enough. Single large eigenvalues are found out by a few columns.
+    constexpr double kLittle = 0.1, kFlat = 8.0, kSlow = 0.85;
+    double before = 1.0;
+    for (int64_t to = kFirstWide; narrow_from_ < most_wide; to = to < kBlock ? kBlock : to + kBlock) {
+      const int64_t looked_at = narrow_from_ == 0 ? kFirstWide / 2 : kFirstWide;
+      reduce_columns(a, narrow_from_, to, wide_, crew);
+      narrow_from_ = to;
+      const double last = bound_of(diagonal(), couplings(), to - looked_at, to);
+      const double seen = last / bound_of(diagonal(), couplings(), 0, to);
+      if (seen < kLittle || last < kFlat * mean || (to > kFirstWide && !(seen < kSlow * before))) break;
+      before = seen;
+    }
 
-  float* narrow = narrow_matrix_.reserve(n * ld);
-  for (int64_t i = narrow_from_; i < n; ++i)
-    for (int64_t j = down(i); j < ld; ++j) narrow[i * ld + j] = static_cast<float>(a[i * ld + j]);
-  narrow_.reflectors.reserve_zeroed(n * ld);
-  reduce_columns(narrow, narrow_from_, n, narrow_);
+    float* narrow = narrow_matrix_.reserve(n * ld);
+    crew.run([&](int64_t part) {
+      for (int64_t i = narrow_from_ + part; i < n; i += Crew::kParts)
+        for (int64_t j = down(i); j < ld; ++j) narrow[i * ld + j] = static_cast<float>(a[i * ld + j]);
+    });
+    narrow_.reflectors.reserve_zeroed(n * ld);
+    reduce_columns(narrow, narrow_from_, n, narrow_, crew);
+  });
   const double bound = bound_of(diagonal(), couplings(), narrow_from_, n);
   error_ = bound * static_cast<double>(std::numeric_limits<float>::epsilon()) / scale_;
 }
@@ -222,7 +282,7 @@ void Tridiagonal::reduce_again(double* a) {
   const int64_t from = narrow_from_;
   narrow_from_ = n_;
   error_ = 0.0;
-  reduce_columns(a, from, n_, wide_);
+  Crew::gather(n_ * n_ * n_, [&](Crew& crew) { reduce_columns(a, from, n_, wide_, crew); });
 }
 
 void Tridiagonal::smallest_subspace(int64_t count, double below, double* rows) {
@@ -262,14 +322,13 @@ void Tridiagonal::smallest_subspace(int64_t count, double below, double* rows) {
 }
 
 template <typename T>
-void Tridiagonal::apply_in(const ShiftedInverses& function, double unit, Memory<T>& memory, T* out) {
+void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double unit, Memory<T>& memory, T* out) {
   const int64_t n = n_, ld = ld_, shifts = function.size();
   const double* diagonal = vectors_.data();
   const double* off = diagonal + n;
   const double* factor = off + n;
   const T* reflectors = memory.reflectors.data();
   T* pair = memory.panel.data();
-  T* w_rows = pair + kBlock * ld;
 
   double* pivot =
       shifts_.reserve(shifts * n + shifts * (kBlock + 4) + kBlock * kBlock);  // inverses of the pivots
@@ -280,14 +339,12 @@ void Tridiagonal::apply_in(const ShiftedInverses& function, double unit, Memory<
   double* weight = shift + shifts;
   double* block = weight + shifts;  // kBlock x kBlock: f(T) within the block
 
-  T* row = memory.work.reserve(shifts * ld + shifts * kBlock + 3 * kBlock * kBlock +
-                               kBlock * (ld + std::max(ld, shifts)));
+  T* row = memory.work.reserve(shifts * ld + shifts * kBlock + 2 * kBlock * kBlock + 2 * kBlock * ld);
   T* ratios = row + shifts * ld;           // shifts x kBlock: weight * ratio to the first turned row
   T* s_matrix = ratios + shifts * kBlock;  // S of the block reflector
-  T* small = s_matrix + kBlock * kBlock;   // V^T F V and what follows from it
-  T* middle = small + kBlock * kBlock;
-  T* product = middle + kBlock * kBlock;  // rows: F V
-  T* turned = product + kBlock * ld;      // ld x kBlock: V^T, or kBlock x shifts: coefficients of the turned rows
+  T* small = s_matrix + kBlock * kBlock;   // V^T F V
+  T* product = small + kBlock * kBlock;    // rows: F V
+  T* turned = product + kBlock * ld;       // ld x kBlock: V^T
   std::fill(row, row + shifts * ld, T(0));
   for (int64_t s = 0; s < shifts; ++s) {
     // (A + s)^-1 = scale (scale A + scale s)^-1.
@@ -300,9 +357,9 @@ void Tridiagonal::apply_in(const ShiftedInverses& function, double unit, Memory<
   }
 
   T* targets[kBlock];
-  std::vector<T*> shift_rows(static_cast<size_t>(shifts));
   for (int64_t k0 = (n - 1) / kBlock * kBlock; k0 >= 0; k0 -= kBlock) {
     const int64_t k1 = std::min(n, k0 + kBlock), rows = k1 - k0;
+    T* w_rows = pair + rows * ld;
     // --- Rows k0 .. k1 of f(T), to the right of k1 in terms of the turned rows.
     for (int64_t i = k0; i < k1; ++i) std::fill(out + i * ld + k0, out + (i + 1) * ld, T(0));
     std::fill(block, block + kBlock * kBlock, 0.0);
@@ -333,76 +390,92 @@ void Tridiagonal::apply_in(const ShiftedInverses& function, double unit, Memory<
       for (int64_t j = k1; j < n; ++j) row[s * ld + j] *= factor_of_row;
       for (int64_t i = 0; i < rows; ++i) row[s * ld + k0 + i] = static_cast<T>(inside[s * kBlock + i]);
     }
-    // --- S, column by column: S[i][i] = factor_i, S[0..i, i] = -factor_i S V^T v_i.
     const T* v_rows = reflectors + k0 * ld;
-    bool any = false;
-    for (int64_t i = 0; i < rows; ++i) {
-      any = any || factor[k0 + i] != 0.0;
-      dots(i, v_rows, ld, v_rows + i * ld, k0, ld, small);
-      for (int64_t q = 0; q < rows; ++q) s_matrix[q * kBlock + i] = T(0);
-      for (int64_t q = 0; q < i; ++q) {
-        double total = 0.0;
-        for (int64_t r = q; r < i; ++r) total += static_cast<double>(s_matrix[q * kBlock + r] * small[r]);
-        s_matrix[q * kBlock + i] = static_cast<T>(-factor[k0 + i] * total);
-      }
-      s_matrix[i * kBlock + i] = static_cast<T>(factor[k0 + i]);
-    }
+    const bool any = block_reflector(v_rows, factor + k0, k0, rows, ld, s_matrix);
     mirror(out, ld, k0, k1, n);
     if (!any) continue;
-    // --- F V, as rows.
     const int64_t m = ld - k0;
-    for (int64_t j = 0; j < m; ++j)
-      for (int64_t i = 0; i < kBlock; ++i) turned[j * kBlock + i] = i < rows ? v_rows[i * ld + k0 + j] : T(0);
-    std::fill(product, product + kBlock * ld, T(0));
-    constexpr int64_t kColumns = 48;  // of all rows, they stay in the smallest cache for a while
-    for_each_task((m + kColumns - 1) / kColumns, m * m * rows, [&](int64_t task, int64_t) {
-      T* own[kBlock];
-      const int64_t j = k0 + task * kColumns;
-      for (int64_t i = 0; i < rows; ++i) own[i] = product + i * ld + j;
-      tn_accumulate(turned, kBlock, out + k0 * ld + j, ld, n - k0, T(1), own, rows, std::min(kColumns, ld - j));
+    // --- F V, as rows.
+    crew.run([&](int64_t part) {
+      for (int64_t j = part * m / Crew::kParts; j < (part + 1) * m / Crew::kParts; ++j)
+        for (int64_t i = 0; i < kBlock; ++i) turned[j * kBlock + i] = i < rows ? v_rows[i * ld + k0 + j] : T(0);
     });
-    // --- W = F V S^T - V (S V^T F V S^T) / 2.
-    for (int64_t i = 0; i < rows; ++i) dots(rows, v_rows, ld, product + i * ld, k0, ld, small + i * kBlock);
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < rows; ++j) {
-        T total = T(0);
-        for (int64_t q = i; q < rows; ++q) total += s_matrix[i * kBlock + q] * small[q * kBlock + j];
-        middle[i * kBlock + j] = total;
+    constexpr int64_t kColumns = 48, kDepth = 96;  // what stays in the smallest cache
+    const auto for_columns = [&](int64_t part, const auto& fn) {
+      for (int64_t j = k0 + part * kColumns; j < ld; j += Crew::kParts * kColumns)
+        fn(j, std::min(kColumns, ld - j));
+    };
+    crew.run([&](int64_t part) {
+      for_columns(part, [&](int64_t j, int64_t width) {
+        T* own[kBlock];
+        for (int64_t i = 0; i < rows; ++i) {
+          own[i] = product + i * ld + j;
+          std::fill_n(own[i], width, T(0));
+        }
+        for (int64_t r = 0; r < n - k0; r += kDepth)
+          tn_accumulate(turned + r * kBlock, kBlock, out + (k0 + r) * ld + j, ld, std::min(kDepth, n - k0 - r),
+                        T(1), own, rows, width);
+      });
+    });
+    // --- W = F V S^T - V (S V^T F V S^T) / 2. Rows of W are sums over rows of F V and of V, by the transposes of
+    // the coefficients.
+    T turned_s[kCells], middle[kCells], turned_middle[kCells], weights[kCells];
+    std::fill_n(small, kCells, T(0));
+    crew.run([&](int64_t part) {
+      for (int64_t i = part; i < rows; i += Crew::kParts)
+        dots(rows, v_rows, ld, product + i * ld, k0, ld, small + i * kBlock);
+    });
+    const auto turn = [&](const T* from, T* to) {
+      for (int64_t q = 0; q < kBlock; ++q)
+        for (int64_t i = 0; i < kBlock; ++i)
+          to[q * kBlock + i] = i < rows && q < rows ? from[i * kBlock + q] : T(0);
+    };
+    const auto multiply_by_s = [&](const T* by, T factor_of_all, T* to) {
+      T* own[kBlock];
+      std::fill_n(to, kCells, T(0));
+      for (int64_t i = 0; i < rows; ++i) own[i] = to + i * kBlock;
+      tn_accumulate(turned_s, kBlock, by, kBlock, rows, factor_of_all, own, rows, kBlock);
+    };
+    turn(s_matrix, turned_s);
+    multiply_by_s(small, T(1), middle);
+    turn(middle, turned_middle);
+    multiply_by_s(turned_middle, T(0.5), weights);
+    crew.run([&](int64_t part) {
+      for_columns(part, [&](int64_t j, int64_t width) {
+        T* own[kBlock];
+        for (int64_t i = 0; i < rows; ++i) {
+          own[i] = w_rows + i * ld + j;
+          std::fill_n(own[i], width, T(0));
+        }
+        tn_accumulate(turned_s, kBlock, product + j, ld, rows, T(1), own, rows, width);
+        tn_accumulate(weights, kBlock, v_rows + j, ld, rows, T(-1), own, rows, width);
+        fill_operands(pair, ld, rows, v_rows, j, j + width);
+      });
+    });
+    crew.run([&](int64_t part) {
+      symmetric_update(part, pair, pair + 2 * rows * ld, 2 * rows, out, ld, k0, n);
+      // --- The turned rows: g - (g V) S^T V^T.
+      for (int64_t s = part; s < shifts; s += Crew::kParts) {
+        T along[kBlock], coefficients[kBlock];
+        T* own = row + s * ld + k0;
+        dots(rows, v_rows, ld, row + s * ld, k0, ld, along);
+        for (int64_t i = 0; i < rows; ++i) {
+          coefficients[i] = T(0);
+          for (int64_t q = i; q < rows; ++q) coefficients[i] += along[q] * s_matrix[i * kBlock + q];
+        }
+        tn_accumulate(coefficients, 1, v_rows + k0, ld, rows, T(-1), &own, 1, m);
       }
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < rows; ++j) {
-        T total = T(0);
-        for (int64_t q = j; q < rows; ++q) total += middle[i * kBlock + q] * s_matrix[j * kBlock + q];
-        small[i * kBlock + j] = T(0.5) * total;
-      }
-    }
-    // Rows of W as sums over rows of F V and of V, by the transposes of the coefficients.
-    T* weights = small;
-    for (int64_t q = 0; q < kBlock; ++q)
-      for (int64_t i = 0; i < kBlock; ++i)
-        middle[q * kBlock + i] = i < rows && q < rows ? s_matrix[i * kBlock + q] : T(0);
-    for (int64_t i = 0; i < rows; ++i) std::fill(w_rows + i * ld + k0, w_rows + (i + 1) * ld, T(0));
-    for (int64_t i = 0; i < rows; ++i) targets[i] = w_rows + i * ld + k0;
-    tn_accumulate(middle, kBlock, product + k0, ld, rows, T(1), targets, rows, m);
-    tn_accumulate(weights, kBlock, v_rows + k0, ld, rows, T(-1), targets, rows, m);
-    fill_operands(pair, ld, rows, v_rows, k0);
-    symmetric_update(pair, pair + 2 * kBlock * ld, 2 * kBlock, out, ld, k0, n);
-    // --- The turned rows: g - (g V) S^T V^T.
-    for (int64_t s = 0; s < shifts; ++s) {
-      T along[kBlock];
-      dots(rows, v_rows, ld, row + s * ld, k0, ld, along);
-      for (int64_t i = 0; i < rows; ++i) {
-        T total = T(0);
-        for (int64_t q = i; q < rows; ++q) total += along[q] * s_matrix[i * kBlock + q];
-        turned[i * shifts + s] = total;
-      }
-      shift_rows[static_cast<size_t>(s)] = row + s * ld + k0;
-    }
-    tn_accumulate(turned, shifts, v_rows + k0, ld, rows, T(-1), shift_rows.data(), shifts, m);
-    if (k0 > 0) mirror(out, ld, k0, n, n);
+    });
+    crew.run([&](int64_t part) {
+      for (int64_t i = k0 + part * kBlock; i < n; i += Crew::kParts * kBlock)
+        mirror(out, ld, i, std::min(n, i + kBlock), n);
+    });
   }
-  mirror(out, ld, 0, n, n);
+}
+
+template <typename T>
+void Tridiagonal::apply_in(const ShiftedInverses& function, double unit, Memory<T>& memory, T* out) {
+  Crew::gather(n_ * n_ * n_, [&](Crew& crew) { apply_by(crew, function, unit, memory, out); });
 }
 
 void Tridiagonal::apply(const ShiftedInverses& function, double* out) { apply_in(function, 1.0, wide_, out); }

@@ -16,8 +16,9 @@ inline constexpr int64_t kWideShare = 8;
 // gram_ld(n).
 class Tridiagonal {
  public:
-  // Reduces a matrix with zeros beyond column n, of which both triangles are given; it is overwritten. One
-  // thread.
+  // Reduces a matrix with zeros beyond column n, of which the upper triangle and the diagonal blocks of eight are
+  // given; it is overwritten. All
+  // threads, unless called by a task of for_each_task.
   void reduce(double* a, int64_t n, int64_t ld);
   // The same, but for the first columns in float32: as long as that makes the error() smaller, and `most_wide` of
   // them or one block at most, are in float64.
@@ -57,7 +58,9 @@ class Tridiagonal {
 
   void start(double* a, int64_t n, int64_t ld);
   template <typename T>
-  void reduce_columns(T* a, int64_t begin, int64_t end, Memory<T>& memory);
+  void reduce_columns(T* a, int64_t begin, int64_t end, Memory<T>& memory, Crew& crew);
+  template <typename T>
+  void apply_by(Crew& crew, const ShiftedInverses& function, double unit, Memory<T>& memory, T* out);
   template <typename T>
   void apply_in(const ShiftedInverses& function, double unit, Memory<T>& memory, T* out);
 

@@ -27,15 +27,42 @@ DSE_INLINE T horizontal_sum(const Lane<T>& v) {
   }
 }
 
-// y = A v for rows and columns `first` .. n of a symmetric matrix, of which the entries above the diagonal and
-// the whole diagonal blocks of kWidth are read. v is zero before `first`; y is undefined there. Every entry is
-// read once.
+// The four sums, in the order of horizontal_sum().
 template <typename T>
-void symmetric_product(const T* a, int64_t ld, int64_t first, int64_t n, const T* v, T* y) {
+DSE_INLINE Vec<T, 4 * sizeof(T)> horizontal_sums(const Lane<T>& a, const Lane<T>& b, const Lane<T>& c,
+                                                 const Lane<T>& d) {
+  using Four = Vec<T, 4 * sizeof(T)>;
+  if constexpr (kWidth<T> == 4) {
+    return (Four{a[0], b[0], c[0], d[0]} + Four{a[2], b[2], c[2], d[2]}) +
+           (Four{a[1], b[1], c[1], d[1]} + Four{a[3], b[3], c[3], d[3]});
+  } else {
+    const auto halves = [](const Lane<T>& v) {
+      return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    };
+    const Four ha = halves(a), hb = halves(b), hc = halves(c), hd = halves(d);
+    const Four ab = __builtin_shufflevector(ha, hb, 0, 4, 1, 5) + __builtin_shufflevector(ha, hb, 2, 6, 3, 7);
+    const Four cd = __builtin_shufflevector(hc, hd, 0, 4, 1, 5) + __builtin_shufflevector(hc, hd, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  }
+}
+
+// A vector that two instructions use: the compiler would load it for each of them.
+template <typename V>
+DSE_INLINE void keep_in_register([[maybe_unused]] V& v) {
+#if DSE_WHOLE_VECTORS
+  asm("" : "+x"(v));
+#endif
+}
+
+// y = A v for a symmetric matrix, of which the entries above the diagonal and the whole diagonal blocks of kWidth
+// are read, once each: what rows first .. last of them contribute to columns `first` and on. `first` and `last`
+// are multiples of eight, or `last` is n.
+template <typename T>
+void symmetric_product(const T* a, int64_t ld, int64_t first, int64_t last, int64_t n, const T* v, T* y) {
   constexpr int64_t w = kWidth<T>;
-  const int64_t begin = first / w * w, end = (n + w - 1) / w * w;
-  for (int64_t i = begin; i < end; ++i) y[i] = T(0);
-  for (int64_t i = begin; i < n; i += w) {
+  const int64_t end = (n + w - 1) / w * w;
+  for (int64_t i = first; i < end; ++i) y[i] = T(0);
+  for (int64_t i = first; i < last; i += w) {
     const int64_t rows = std::min(w, n - i);
     const T* row = a + i * ld;
     if (rows < w) {  // the last rows: their diagonal block is all there is
@@ -54,17 +81,19 @@ void symmetric_product(const T* a, int64_t ld, int64_t first, int64_t n, const T
       Lane<T> s0 = load(r0 + i) * own, s1 = load(r1 + i) * own, s2 = load(r2 + i) * own, s3 = load(r3 + i) * own;
       for (int64_t j = i + w; j < end; j += w) {
         const Lane<T> vj = load(v + j);
-        const Lane<T> a0 = load(r0 + j), a1 = load(r1 + j), a2 = load(r2 + j), a3 = load(r3 + j);
+        Lane<T> a0 = load(r0 + j), a1 = load(r1 + j), a2 = load(r2 + j), a3 = load(r3 + j);
+        keep_in_register(a0);
+        keep_in_register(a1);
+        keep_in_register(a2);
+        keep_in_register(a3);
         s0 += a0 * vj;
         s1 += a1 * vj;
         s2 += a2 * vj;
         s3 += a3 * vj;
-        store(y + j, load(y + j) + ((a0 * v0 + a1 * v1) + (a2 * v2 + a3 * v3)));
+        store(y + j, (((load(y + j) + a0 * v0) + a1 * v1) + a2 * v2) + a3 * v3);
       }
-      y[i + h] += horizontal_sum<T>(s0);
-      y[i + h + 1] += horizontal_sum<T>(s1);
-      y[i + h + 2] += horizontal_sum<T>(s2);
-      y[i + h + 3] += horizontal_sum<T>(s3);
+      using Four = Vec<T, 4 * sizeof(T)>;
+      *reinterpret_cast<Four*>(y + i + h) += horizontal_sums<T>(s0, s1, s2, s3);
     }
   }
 }
@@ -109,10 +138,7 @@ void dots(int64_t count, const T* b, int64_t ld, const T* v, int64_t begin, int6
       s2 += load(b0 + 2 * ld + j) * vj;
       s3 += load(b0 + 3 * ld + j) * vj;
     }
-    out[q] = horizontal_sum<T>(s0);
-    out[q + 1] = horizontal_sum<T>(s1);
-    out[q + 2] = horizontal_sum<T>(s2);
-    out[q + 3] = horizontal_sum<T>(s3);
+    *reinterpret_cast<Vec<T, 4 * sizeof(T)>*>(out + q) = horizontal_sums<T>(s0, s1, s2, s3);
   }
   for (; q < count; ++q) {
     Lane<T> s = {};
