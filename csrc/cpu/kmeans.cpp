@@ -4,9 +4,10 @@
 // Most distances are never computed: the triangle inequality bounds them. Every row keeps an upper bound of the
 // distance to its own centroid and a lower one for each other (Elkan, "Using the triangle inequality to
 // accelerate k-means", ICML 2003); a centroid's step moves the bounds, and only centroids whose bounds overlap
-// are looked at. The seeding leaves the first bounds, and skips rows that the next centroid cannot attract (Raff
-// 2021). Bounds are widened by more than the rounding of a distance, so that labels are those of all distances.
-// Centroid sums are kept in float64 and updated only for rows that changed cluster.
+// are looked at: a few by their distances, many, as where there are no clusters, by a product first. The seeding
+// leaves the first bounds, and skips rows that the next centroid cannot attract (Raff 2021). Bounds are widened
+// by more than the rounding of a distance, so that labels are those of all distances. Centroid sums are kept in
+// float64 and updated only for rows that changed cluster.
 
 #include "cpu/kmeans.h"
 
@@ -21,8 +22,10 @@ namespace dse::cpu {
 namespace {
 
 constexpr int64_t kBlockRows = 64;
-constexpr int64_t kListed = 64;  // centroids that one row is compared with at a time
-constexpr int64_t kSlab = 64;    // columns of the centroid sums that one task updates
+constexpr int64_t kListed = 64;      // centroids that one row is compared with at a time
+constexpr int64_t kBatchRows = 16;   // rows that are compared with all centroids side by side
+constexpr int64_t kFewOverlaps = 5;  // centroids up to which a row is better compared with one after the other
+constexpr int64_t kSlab = 64;        // columns of the centroid sums that one task updates
 
 int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 

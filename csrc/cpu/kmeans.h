@@ -17,14 +17,17 @@ struct KMeansOptions {
 // Working memory of one problem; reused from one to the next.
 template <typename T>
 struct KMeansWorkspace {
-  Buffer<T> points;      // n x ld: (x - shift) / scale
-  Buffer<T> centroids;   // k x ld, in the same coordinates
-  Buffer<T> distance;    // n: squared distances
-  Buffer<T> upper;       // n: bound of the distance to the own centroid, then k: of the centroids' last step
-  Buffer<T> lower;       // n x k: bounds of the distances to all of them
-  Buffer<double> sums;   // k x ld
-  Buffer<double> row;    // one row a task
-  Buffer<double> shift;  // d
+  Buffer<T> points;          // n x ld: (x - shift) / scale
+  Buffer<T> centroids;       // k x ld, in the same coordinates
+  Buffer<T> distance;        // n: squared distances
+  Buffer<T> norms;           // n: squared norms of the points
+  Buffer<T> centroid_norms;  // k
+  Buffer<T> batch;           // rows that are compared with all centroids, and what comes of it
+  Buffer<T> upper;           // n: bound of the distance to the own centroid, then k: of the centroids' last step
+  Buffer<T> lower;           // n x k: bounds of the distances to all of them
+  Buffer<double> sums;       // k x ld
+  Buffer<double> row;        // one row a task
+  Buffer<double> shift;      // d
   Buffer<int64_t> labels, previous, counts;
   double scale = 1.0;
   T slack = T(0);  // relative width of a bound

@@ -3,6 +3,12 @@
 namespace dse::cpu::DSE_ISA {
 namespace {
 
+// Squared norms of `count` rows.
+template <typename T>
+void row_norms(const T* rows, int64_t count, int64_t ld, T* out) {
+  for (int64_t i = 0; i < count; ++i) row_dots(rows + i * ld, 1, rows + i * ld, 1, ld, out + i, 1);
+}
+
 // points = (x - shift) / scale, rounded to T; remembers shift and scale.
 template <typename T>
 void load_points(const Features& x, int64_t first, int64_t n, KMeansWorkspace<T>& ws) {
@@ -44,11 +50,13 @@ void load_points(const Features& x, int64_t first, int64_t n, KMeansWorkspace<T>
   const double inverse = 1.0 / ws.scale;
 
   T* points = ws.points.reserve(n * ld);
+  T* norms = ws.norms.reserve(n);
   for_each_task(blocks, 8 * n * ld, [&](int64_t b, int64_t) {
     for (int64_t i = b * kBlockRows; i < std::min(n, (b + 1) * kBlockRows); ++i) {
       T* out = points + i * ld;
       x.load_shifted_row(first + i, shift, inverse, out);
       for (int64_t f = d; f < ld; ++f) out[f] = T(0);
+      row_norms(out, 1, ld, norms + i);
     }
   });
 }
@@ -122,25 +130,101 @@ void seed_centroids(int64_t n, int64_t k, const RngStream& rng, KMeansWorkspace<
   }
 }
 
+// Rows against all centroids: a product tells the distances up to the rounding of large terms, which is enough
+// for all but the few that may be the nearest; of these the distances themselves are compared.
+template <typename T>
+void assign_to_any(const int64_t* rows, int64_t count, int64_t k, KMeansWorkspace<T>& ws, int64_t* labels,
+                   T* work) {
+  const int64_t ld = ws.ld;
+  T* batch = work;
+  T* products = batch + kBatchRows * ld;
+  T* square = products + kBatchRows * k;
+  for (int64_t r = 0; r < count; ++r) std::copy_n(ws.points.data() + rows[r] * ld, ld, batch + r * ld);
+  row_dots(batch, count, ws.centroids.data(), k, ld, products, k);
+  int64_t list[kListed];
+  T squares[kListed];
+  for (int64_t r = 0; r < count; ++r) {
+    T* lower = ws.lower.data() + rows[r] * k;
+    const T* product = products + r * k;
+    const T own = ws.norms[rows[r]];
+    T least = std::numeric_limits<T>::infinity(), most = T(0);
+    for (int64_t c = 0; c < k; ++c) {
+      square[c] = own + ws.centroid_norms[c] - T(2) * product[c];
+      least = std::min(least, square[c]);
+      most = std::max(most, ws.centroid_norms[c]);
+    }
+    const T margin = T(4) * ws.slack * (own + most);
+    for (int64_t c = 0; c < k; ++c) lower[c] = std::sqrt(std::max(square[c] - margin, T(0))) * (T(1) - ws.slack);
+    int64_t candidates = 0, best = 0;
+    for (int64_t c = 0; c < k; ++c) {
+      if (square[c] > least + T(2) * margin) continue;
+      ++candidates;
+      best = c;
+    }
+    if (candidates == 1) {  // the nearest in any case
+      labels[rows[r]] = best;
+      ws.upper[rows[r]] = std::sqrt(square[best] + margin) * (T(1) + ws.slack);
+      continue;
+    }
+    T nearest = std::numeric_limits<T>::infinity();
+    for (int64_t c = 0; c < k;) {
+      int64_t listed = 0;
+      for (; c < k && listed < kListed; ++c)
+        if (square[c] <= least + T(2) * margin) list[listed++] = c;
+      squared_distances(batch + r * ld, ws.centroids.data(), ld, list, listed, squares);
+      for (int64_t i = 0; i < listed; ++i) {
+        if (!(squares[i] < nearest)) continue;
+        nearest = squares[i];
+        best = list[i];
+      }
+    }
+    labels[rows[r]] = best;
+    lower[best] = std::sqrt(nearest) * (T(1) - ws.slack);
+    ws.upper[rows[r]] = std::sqrt(nearest) * (T(1) + ws.slack);
+  }
+}
+
 // Nearest centroid of every row, the lowest index on ties.
 template <typename T>
 void assign(int64_t n, int64_t k, KMeansWorkspace<T>& ws, int64_t* labels) {
-  const int64_t ld = ws.ld;
-  for_each_task(blocks_of(n, kBlockRows), n * k * 4, [&](int64_t b, int64_t) {
-    int64_t list[kListed];
+  const int64_t ld = ws.ld, blocks = blocks_of(n, kBlockRows);
+  row_norms(ws.centroids.data(), k, ld, ws.centroid_norms.reserve(k));
+  const int64_t work_size = kBatchRows * (ld + k) + k;
+  T* all_work = ws.batch.reserve(max_workers() * work_size);
+  for_each_task(blocks, n * k * 4, [&](int64_t b, int64_t worker) {
+    T* work = all_work + worker * work_size;
+    int64_t list[kListed], batch[kBatchRows], waiting = 0;
     T squares[kListed];
     for (int64_t i = b * kBlockRows; i < std::min(n, (b + 1) * kBlockRows); ++i) {
       T* lower = ws.lower.data() + i * k;
       T& upper = ws.upper[i];
-      int64_t overlaps = 0;
-      for (int64_t c = 0; c < k; ++c) overlaps += lower[c] <= upper ? 1 : 0;
+      const auto count_overlaps = [&] {
+        int64_t overlaps = 0;
+        for (int64_t c = 0; c < k; ++c) overlaps += lower[c] <= upper ? 1 : 0;
+        return overlaps;
+      };
+      const auto wait_for_others = [&] {
+        batch[waiting++] = i;
+        if (waiting < kBatchRows) return;
+        assign_to_any(batch, waiting, k, ws, labels, work);
+        waiting = 0;
+      };
+      const int64_t overlaps = count_overlaps();
       if (overlaps == 0 || (overlaps == 1 && lower[labels[i]] <= upper)) continue;
+      if (overlaps > 2 * kFewOverlaps) {
+        wait_for_others();
+        continue;
+      }
       const T* row = ws.points.data() + i * ld;
       int64_t best = labels[i];
       T nearest;
       squared_distances(row, ws.centroids.data(), ld, &best, 1, &nearest);
       lower[best] = std::sqrt(nearest) * (T(1) - ws.slack);
       upper = std::sqrt(nearest) * (T(1) + ws.slack);
+      if (overlaps > kFewOverlaps && count_overlaps() > kFewOverlaps) {
+        wait_for_others();
+        continue;
+      }
       const int64_t own = best;
       for (int64_t c = 0; c < k;) {
         int64_t count = 0;
@@ -157,6 +241,7 @@ void assign(int64_t n, int64_t k, KMeansWorkspace<T>& ws, int64_t* labels) {
       labels[i] = best;
       upper = std::sqrt(nearest) * (T(1) + ws.slack);
     }
+    assign_to_any(batch, waiting, k, ws, labels, work);
   });
 }
 
