@@ -56,6 +56,7 @@ struct ClusterGradientItem {
 
 template <typename T>
 struct ClusterGradientWorkspace {
+  Buffer<double> origin;
   Buffer<T> rows;
   Buffer<T> turned;
   PanelMatrix<T> right;

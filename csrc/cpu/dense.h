@@ -114,11 +114,12 @@ template <typename P>
 void centre_both_ways(P* f, int64_t m, int64_t ld) {
   std::vector<double> mean(static_cast<size_t>(m));
   double total = 0.0;
-  for (int64_t i = 0; i < m; ++i) {
-    double sum = 0.0;
-    for (int64_t j = 0; j < m; ++j) sum += static_cast<double>(f[i * ld + j]);
-    mean[static_cast<size_t>(i)] = sum / static_cast<double>(m);
-    total += sum;
+  // Of the columns, which are those of the rows, and no chain of additions.
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < m; ++j) mean[static_cast<size_t>(j)] += static_cast<double>(f[i * ld + j]);
+  for (double& own : mean) {
+    total += own;
+    own /= static_cast<double>(m);
   }
   total /= static_cast<double>(m * m);
   for (int64_t i = 0; i < m; ++i) {

@@ -2,41 +2,48 @@
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 
+#include "common/problem.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
 namespace dse::cpu {
 namespace {
 
+// Rows of about the same direction are taken relative to the first one before anything is rounded or summed:
+// equal rows become exactly zero, whatever their number.
 template <typename P>
 double gather(const RowSet& set, P* out, int64_t ld) {
   const int64_t d = set.x->dim, n = set.n;
   Buffer<double> work(3 * d);
   double* origin = work.data();
-  double* mean = origin + d;
+  double* sum = origin + d;
+  double* row = sum + d;
   double squares = 0.0;
-  std::fill(mean, mean + d, 0.0);
+  std::fill(sum, sum + d, 0.0);
+  if (set.center) set.x->load(set.index(0), origin);
   for (int64_t i = 0; i < n; ++i) {
     P* target = out + i * ld;
-    double* row = mean + d;
-    if constexpr (std::is_same_v<P, double>) row = target;
-    set.x->load(set.index(i), row);
-    squares += sum_of_squares(row, d);
-    if (set.center) {
-      // Relative to the first row first: equal rows become exactly zero, whatever their number.
-      if (i == 0) std::copy_n(row, d, origin);
-      subtract_and_sum(origin, row, mean, d);
+    // Of normalized rows, but for short ones, the norm is known.
+    if (set.x->unit_rows && set.x->scale_of(set.index(i)) < 1.0 / kNormFloor) {
+      squares += 1.0;
+    } else {
+      set.x->load(set.index(i), row);
+      squares += sum_of_squares(row, d);
     }
-    if constexpr (!std::is_same_v<P, double>) narrow_run(row, d, target);
+    if (set.center) {
+      set.x->load_shifted_row(set.index(i), origin, 1.0, target);
+      accumulate(target, sum, d);
+    } else {
+      set.x->load(set.index(i), target);
+    }
     std::fill(target + d, target + ld, P(0));
   }
   const double inverse = 1.0 / static_cast<double>(std::max<int64_t>(n, 1));
   if (set.center) {
-    Buffer<P> own(d);
-    for (int64_t f = 0; f < d; ++f) own[f] = static_cast<P>(mean[f] * inverse);
-    for (int64_t i = 0; i < n; ++i) subtract(own.data(), out + i * ld, d);
+    Buffer<P> mean(d);
+    for (int64_t f = 0; f < d; ++f) mean[f] = static_cast<P>(sum[f] * inverse);
+    for (int64_t i = 0; i < n; ++i) subtract(mean.data(), out + i * ld, d);
   }
   return std::sqrt(squares * inverse);
 }

@@ -106,10 +106,6 @@ DSE_INLINE void add_distances_impl(const T* partial, const double* x, double to_
 DSE_LOADS(double)
 DSE_LOADS(float)
 
-DSE_MULTIVERSION void narrow_run(const double* src, int64_t n, float* dst) {
-  for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<float>(src[i]);
-}
-
 DSE_MULTIVERSION void store_run(DType dtype, const double* src, int64_t n, void* dst) {
   switch (dtype) {
     case DType::kFloat64: std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(double)); return;
@@ -171,11 +167,11 @@ DSE_MULTIVERSION void subtract(const float* y, float* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] -= y[i];
 }
 
-DSE_MULTIVERSION void subtract_and_sum(const double* y, double* x, double* sum, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    x[i] -= y[i];
-    sum[i] += x[i];
-  }
+DSE_MULTIVERSION void accumulate(const double* x, double* sum, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += x[i];
+}
+DSE_MULTIVERSION void accumulate(const float* x, double* sum, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<double>(x[i]);
 }
 
 DSE_MULTIVERSION void add_distances(const float* partial, const double* x, double to_centroid,

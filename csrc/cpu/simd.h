@@ -27,7 +27,6 @@ void load_shifted(DType dtype, const void* src, int64_t stride, int64_t n, doubl
                   double inverse, double* dst);
 void load_shifted(DType dtype, const void* src, int64_t stride, int64_t n, double scale, const double* shift,
                   double inverse, float* dst);
-void narrow_run(const double* src, int64_t n, float* dst);
 void store_run(DType dtype, const double* src, int64_t n, void* dst);
 
 // sum of squares of n doubles; <a, b>; y += alpha * x.
@@ -35,10 +34,11 @@ double sum_of_squares(const double* x, int64_t n);
 double dot(const double* a, const double* b, int64_t n);
 void axpy(double alpha, const double* x, double* y, int64_t n);
 
-// x -= y; and: x -= y, sum += x.
+// x -= y; sum += x.
 void subtract(const double* y, double* x, int64_t n);
 void subtract(const float* y, float* x, int64_t n);
-void subtract_and_sum(const double* y, double* x, double* sum, int64_t n);
+void accumulate(const double* x, double* sum, int64_t n);
+void accumulate(const float* x, double* sum, int64_t n);
 
 // One row of the gradient's epilogue, in place: grad = partial + to_centroid (x - centroid) + to_mean (x - mean)
 // - spread * direction. `centroid` may be null, and so may `mean` (with `direction`).

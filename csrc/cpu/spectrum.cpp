@@ -37,7 +37,7 @@ struct Spectrum {
   double floor = 0.0;       // singular values below are rounding
   bool finite = true;
   bool converged = true;
-  double* gram = nullptr;
+  double* gram = nullptr;        // of large sides: until it is reduced
   float* narrow_gram = nullptr;  // instead, of small sides
   bool narrow_products = false;  // the Gram matrix is of float32 products
   double lifted = 0.0;           // where the eigenvalue of a vector of ones was moved to
@@ -206,8 +206,8 @@ void large_eigenvalues(Spectrum* const* spectra, Tridiagonal* const* matrices, i
   }
 }
 
-// Eigenvalues of the Gram matrices, which are destroyed.
-void decompose(Spectrum* spectra, int64_t count, SpectralWorkspace& ws, bool narrow) {
+// Eigenvalues of what was reduced, and of the small Gram matrices, which are destroyed.
+void find_eigenvalues(Spectrum* spectra, int64_t count, SpectralWorkspace& ws, bool narrow) {
   DSE_STAGE("clusters: tridiagonal form, eigenvalues");
   const double* wide[kLanes];
   const float* narrow_matrices[kLanes];
@@ -220,8 +220,6 @@ void decompose(Spectrum* spectra, int64_t count, SpectralWorkspace& ws, bool nar
     Spectrum& s = spectra[i];
     if (!s.finite) continue;
     if (s.m > kLanesMaxSide) {
-      if (narrow) ws.large[i].reduce_mixed(s.gram, s.m, stream_ld(s.m), s.m / kWideShare);
-      else ws.large[i].reduce(s.gram, s.m, stream_ld(s.m));
       s.error += ws.large[i].error();
       large_spectra[large] = &s;
       matrices[large++] = &ws.large[i];
@@ -297,8 +295,9 @@ void apply_functions(const RowSet* sets, const Spectrum* spectra, const ShiftedI
       float* matrix = ws.large[i].apply_narrow(functions[i], &unit);
       finish(i, matrix, stream_ld(s.m), unit);
     } else {
-      ws.large[i].apply(functions[i], s.gram);
-      finish(i, s.gram, stream_ld(s.m));
+      double* matrix = ws.large_gram.reserve(s.m * stream_ld(s.m));
+      ws.large[i].apply(functions[i], matrix);
+      finish(i, matrix, stream_ld(s.m));
     }
   }
 }
@@ -343,8 +342,9 @@ void exact_spectral_function(const RowSet& set, SpectralKind kind, const Spectru
     matmul(product, {u, n, m, m, 1}, {vh, m, d, d, 1}, product, d);
   } else {
     for (int64_t j = 0; j < m; ++j) weight[j] = sigma[j] > 0.0 ? weight[j] / sigma[j] : 0.0;
-    weighted_projector(vh, weight, m, ws.scaled, s.gram, ldg);
-    matmul(product, {matrix, n, d, ldm, 1}, {s.gram, d, d, ldg, 1}, product, d);
+    double* projector = ws.large_gram.reserve(m * ldg);
+    weighted_projector(vh, weight, m, ws.scaled, projector, ldg);
+    matmul(product, {matrix, n, d, ldm, 1}, {projector, d, d, ldg, 1}, product, d);
   }
   store_matrix(product, n, d, d, target.slot);
   target.form = SavedForm::kPolar;
@@ -400,36 +400,25 @@ std::vector<int64_t> spectral_functions_in(const RowSet* sets, int64_t count, Sp
     Spectrum& s = spectra[i];
     s.m = std::min(sets[i].n, sets[i].x->dim);
     s.values = ws.spectrum[i].reserve(3 * s.m);
-    if (narrow && s.m <= kLanesMaxSide) s.narrow_gram = ws.narrow_gram[i].reserve(s.m * gram_ld(s.m));
-    else s.gram = ws.gram[i].reserve(s.m * stream_ld(s.m));
+    const bool large = s.m > kLanesMaxSide;
+    if (narrow && !large) s.narrow_gram = ws.narrow_gram[i].reserve(s.m * gram_ld(s.m));
+    else s.gram = (large ? ws.large_gram : ws.gram[i]).reserve(s.m * stream_ld(s.m));
     if (narrow) fill_narrow_gram(sets[i], s, ws);
     else fill_gram(sets[i], s, ws);
+    if (!large || !s.finite) continue;
+    // While it is in the cache.
+    DSE_STAGE("clusters: tridiagonal form, eigenvalues");
+    if (narrow) ws.large[i].reduce_mixed(s.gram, s.m, stream_ld(s.m), s.m / kWideShare);
+    else ws.large[i].reduce(s.gram, s.m, stream_ld(s.m));
+    s.gram = nullptr;  // the next one's
   }
-  decompose(spectra, count, ws, narrow);
+  find_eigenvalues(spectra, count, ws, narrow);
 
   ShiftedInverses functions[kLanes];
   Outcome outcome[kLanes];
-  Spectrum* again[kLanes];
-  Tridiagonal* matrices[kLanes];
-  int64_t count_again = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    Spectrum& s = spectra[i];
-    outcome[i] = evaluate(sets[i], kind, s, targets[i], narrow, functions[i]);
-    if (outcome[i] != Outcome::kInaccurate || s.m <= kLanesMaxSide || !s.finite || s.narrow_products) continue;
-    // The Gram matrix is as good as it gets, and its reduction can be taken up where float32 began.
-    DSE_STAGE("clusters: tridiagonal form, eigenvalues");
-    ws.large[i].reduce_again(s.gram);
-    s.error = 0.0;
-    again[count_again] = &s;
-    matrices[count_again++] = &ws.large[i];
-  }
-  if (count_again > 0) large_eigenvalues(again, matrices, count_again, ws);
-  for (int64_t j = 0; j < count_again; ++j) {
-    const int64_t i = again[j] - spectra;
-    outcome[i] = evaluate(sets[i], kind, spectra[i], targets[i], false, functions[i]);
-  }
   std::vector<int64_t> failed;
   for (int64_t i = 0; i < count; ++i) {
+    outcome[i] = evaluate(sets[i], kind, spectra[i], targets[i], narrow, functions[i]);
     if (outcome[i] == Outcome::kInaccurate) failed.push_back(i);
     if (outcome[i] == Outcome::kSteep) exact_spectral_function(sets[i], kind, spectra[i], targets[i], ws);
   }

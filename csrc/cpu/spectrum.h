@@ -24,7 +24,8 @@ struct SpectralTarget {
 struct SpectralWorkspace {
   Buffer<double> matrix;            // n x gram_ld(d), centred
   Buffer<double> turned;            // a block of features x gram_ld(n)
-  Buffer<double> gram[kLanes];      // m x stream_ld(m)
+  Buffer<double> gram[kLanes];      // m x stream_ld(m), small ones
+  Buffer<double> large_gram;        // a large one, and the functions of large ones
   Buffer<double> spectrum[kLanes];  // eigenvalues, singular values, weights
   Buffer<double> values;            // of the iteration for eigenvalues
   Buffer<double> scaled;            // two operands of the weighted product

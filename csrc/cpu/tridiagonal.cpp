@@ -152,7 +152,7 @@ void Tridiagonal::reduce_columns(T* a, int64_t first, int64_t last, Memory<T>& m
   double* off = diagonal + n;
   double* factor = off + n;
   T* reflectors = memory.reflectors.data();
-  T* pair = memory.panel.reserve_zeroed((4 * kBlock + Crew::kParts) * ld);
+  T* pair = memory.panel.reserve((4 * kBlock + Crew::kParts) * ld);
   T* partial = pair + 4 * kBlock * ld;  // behind V, W, and their negatives in the other order
   T coefficients[2 * kBlock];
 
@@ -232,7 +232,7 @@ void Tridiagonal::start(double* a, int64_t n, int64_t ld) {
 
 void Tridiagonal::reduce(double* a, int64_t n, int64_t ld) {
   start(a, n, ld);
-  wide_.reflectors.reserve_zeroed(n * ld);
+  wide_.reflectors.reserve(n * ld);
   Crew::gather(n * n * n, [&](Crew& crew) { reduce_columns(a, 0, n, wide_, crew); });
 }
 
@@ -244,7 +244,7 @@ void Tridiagonal::reduce_mixed(double* a, int64_t n, int64_t ld, int64_t most_wi
   start(a, n, ld);
   most_wide = std::clamp(most_wide / kBlock, int64_t{1}, n / kBlock - 1) * kBlock;
   narrow_from_ = 0;
-  wide_.reflectors.reserve_zeroed(most_wide * ld);
+  wide_.reflectors.reserve(most_wide * ld);
   double mean = 0.0;
   for (int64_t i = 0; i < n; ++i) mean += a[i * ld + i] / static_cast<double>(n);
   Crew::gather(n * n * n, [&](Crew& crew) {
@@ -267,7 +267,7 @@ void Tridiagonal::reduce_mixed(double* a, int64_t n, int64_t ld, int64_t most_wi
       for (int64_t i = narrow_from_ + part; i < n; i += Crew::kParts)
         for (int64_t j = down(i); j < ld; ++j) narrow[i * ld + j] = static_cast<float>(a[i * ld + j]);
     });
-    narrow_.reflectors.reserve_zeroed(n * ld);
+    narrow_.reflectors.reserve(n * ld);
     reduce_columns(narrow, narrow_from_, n, narrow_, crew);
   });
   const double bound = bound_of(diagonal(), couplings(), narrow_from_, n);
@@ -278,7 +278,7 @@ void Tridiagonal::reduce_again(double* a) {
   const int64_t done = narrow_from_ * ld_;
   Buffer<double> before(done);
   std::copy_n(wide_.reflectors.data(), done, before.data());
-  std::copy_n(before.data(), done, wide_.reflectors.reserve_zeroed(n_ * ld_));
+  std::copy_n(before.data(), done, wide_.reflectors.reserve(n_ * ld_));
   const int64_t from = narrow_from_;
   narrow_from_ = n_;
   error_ = 0.0;
