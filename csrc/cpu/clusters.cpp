@@ -10,13 +10,17 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
   std::stable_sort(items.begin(), items.end(),
                    [](const ClusterItem<T>& a, const ClusterItem<T>& b) { return a.n > b.n; });
   std::vector<SpectralWorkspace> workspaces(static_cast<size_t>(max_workers()));
-  // Several clusters make a task, fewer where their matrices are large: a task holds them all.
-  constexpr int64_t kMostCells = 1 << 21;
+  // Several clusters make a task: fewer where their matrices are large, because a task holds what they leave, and
+  // of large ones towards the end, for which a thread may wait.
+  constexpr int64_t kMostCells = 1 << 21, kTail = 24;
   const auto total = static_cast<int64_t>(items.size());
   std::vector<int64_t> begins{0};
   while (begins.back() < total) {
-    const int64_t side = std::min(items[static_cast<size_t>(begins.back())].n, x.dim);
-    begins.push_back(std::min(total, begins.back() + std::clamp<int64_t>(kMostCells / (side * side), 1, kLanes)));
+    const int64_t side = std::min(items[static_cast<size_t>(begins.back())].n, x.dim),
+                  left = total - begins.back();
+    int64_t most = kLanes;
+    if (side > kLanesMaxSide && left <= kTail) most = left > kTail / 3 ? kLanes / 2 : kLanes / 4;
+    begins.push_back(std::min(total, begins.back() + std::clamp<int64_t>(kMostCells / (side * side), 1, most)));
   }
   const auto groups = static_cast<int64_t>(begins.size()) - 1;
   int64_t work = beside ? 32 * x.dim * x.dim : 0;
