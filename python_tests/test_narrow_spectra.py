@@ -197,3 +197,48 @@ def test_bitwise_the_same_for_one_and_two_threads(restore_threads: None) -> None
         results.append((*norms(x[None], labels[None], len(shapes)), *rank(x)))
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1.0, 30.0], ids=lambda a: f"apart{a:g}")
+@pytest.mark.parametrize(
+    "shape",
+    [(160, 160), (256, 256), (383, 384), (386, 384), (400, 384)],
+    ids=lambda s: f"{s[0]}x{s[1]}",
+)
+def test_clusters_of_about_as_many_rows_as_features(
+    shape: tuple[int, int], apart: float, device: torch.device
+) -> None:
+    """Singular values from 1 / n of the typical one; apart: rows in two bundles, of a large one."""
+    n, d = shape
+    x = power_law(3 * n, d, 0.0)
+    x += apart * (torch.arange(3 * n) % 2)[:, None] * normal(d, seed=9)
+    labels = torch.arange(3, device=device).repeat_interleave(n)[None]
+    promise = tolerance(torch.float32)
+    assert_clusters(x[None].float().to(device), labels, 3, promise.component, 5e-4)
+
+
+@pytest.mark.parametrize("thin", [1.0, 1e-2, 1e-4], ids=lambda t: f"thin{t:g}")
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "shape", [(240, 192), (400, 192), (900, 192), (1400, 704)], ids=lambda s: f"{s[0]}x{s[1]}"
+)
+def test_rank_of_normalized_rows(
+    shape: tuple[int, int], decay: float, thin: float, device: torch.device
+) -> None:
+    """thin: one direction that a few rows do not show, so that float32 products are tried in vain."""
+    n, d = shape
+    axes = orthogonal(d, seed=5)
+    x = power_law(n, d, decay)
+    x -= (1 - thin) * (x @ axes[:, :1]) @ axes[:, :1].T
+    x = x.view(2, n // 2, d).float().to(device)
+    labels = torch.zeros(2, n // 2, dtype=torch.long, device=device)
+    found = []
+    for z in (x.clone().requires_grad_(), x.double().requires_grad_()):
+        parts = dse_ext.dse_components(
+            z, local_clusters=1, global_clusters=1, local_labels=labels, global_labels=labels
+        )
+        (gradient,) = torch.autograd.grad(parts.m_dim, z)
+        found.append((parts.m_dim.detach(), gradient))
+    promise = tolerance(torch.float32)
+    assert relative_error(found[0][0], found[1][0]) <= promise.component
+    assert_gradient(found[0][1], found[1][1], 3e-4)

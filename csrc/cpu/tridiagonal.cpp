@@ -77,7 +77,8 @@ void symmetric_update(int64_t part, const T* pair, const T* negated, int64_t row
 template <typename T>
 void symmetric_product(Crew& crew, const T* a, int64_t ld, int64_t first, int64_t n, const T* v, T* partial,
                        T* y) {
-  constexpr int64_t kWorthParts = 640, kColumns = 320;
+  constexpr bool kAlways = kWorthThreads == 0;
+  constexpr int64_t kWorthParts = kAlways ? 0 : 640, kColumns = kAlways ? 32 : 320;
   const int64_t begin = down(first);
   if (n < kWorthParts || n - first < kColumns) {
     symmetric_product(a, ld, begin, n, n, v, y);

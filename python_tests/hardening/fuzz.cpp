@@ -481,8 +481,41 @@ void try_refusals(Random& random, const Threads& threads) {
   });
 }
 
+// Phases of a crew: every part once, none before the phase begins or after it ends, and the main thread's error
+// is the caller's.
+void try_crew(Random& random, const Threads& threads) {
+  using dse::cpu::Crew;
+  set_threads(static_cast<int>(random.chance(0.2) ? threads.first : threads.second));
+  const int64_t phases = random.between(1, 200), fails_at = random.chance(0.2) ? random.below(phases) : phases;
+  int64_t done[Crew::kParts] = {}, sum = 0, expected = 0;  // plain: a phase's end is what makes them visible
+  bool thrown = false;
+  try {
+    Crew::gather(random.chance(0.2) ? 0 : int64_t{1} << 30, [&](Crew& crew) {
+      for (int64_t phase = 0; phase < phases; ++phase) {
+        if (phase == fails_at) throw std::runtime_error("on purpose");
+        const int64_t delay = random.below(50);
+        crew.run([&](int64_t part) {
+          volatile int64_t spent = 0;
+          for (int64_t i = 0; i < delay * part; ++i) spent = spent + 1;
+          done[part] += phase + part;
+        });
+        for (int64_t part = 0; part < Crew::kParts; ++part) {
+          sum += done[part];
+          done[part] = 0;
+          expected += phase + part;
+        }
+      }
+    });
+  } catch (const std::runtime_error&) {
+    thrown = true;
+  }
+  require(thrown == (fails_at < phases), "a crew loses its main thread's error");
+  require(sum == expected, "a crew's phases leave ", sum, " instead of ", expected);
+}
+
 using Try = void (*)(Random&, const Threads&);
-constexpr Try kTries[] = {try_dse, try_dse, try_kmeans, try_nuclear_norms, try_effective_rank, try_refusals};
+constexpr Try kTries[] = {try_dse,      try_dse, try_kmeans, try_nuclear_norms, try_effective_rank,
+                          try_refusals, try_crew};
 constexpr int64_t kKinds = sizeof(kTries) / sizeof(kTries[0]);
 
 bool run_case(uint64_t seed, int64_t number) {
