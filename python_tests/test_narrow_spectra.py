@@ -225,7 +225,7 @@ def test_clusters_of_about_as_many_rows_as_features(
 def test_rank_of_normalized_rows(
     shape: tuple[int, int], decay: float, thin: float, device: torch.device
 ) -> None:
-    """thin: one direction that a few rows do not show, so that float32 products are tried in vain."""
+    """thin: a direction that a few rows do not show: float32 products are tried in vain."""
     n, d = shape
     axes = orthogonal(d, seed=5)
     x = power_law(n, d, decay)
