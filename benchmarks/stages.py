@@ -109,10 +109,10 @@ def stage_work(
         ),
         "clusters: tridiagonal form, eigenvalues": Work(single=cubes),
         "clusters: gradient matrices": Work(single=cubes),
-        # Of few rows in float64; of more in float32, where the spectrum allows it (these do).
+        # Of hardly more rows than features in float64; of more in float32, as these spectra allow.
         "rank: second moment": Work(
-            single=rows * d * m / 2 if rows >= 4 * m else 0.0,
-            double=rows * d * m / 2 if rows < 4 * m else 0.0,
+            single=rows * d * m / 2 if 4 * rows >= 5 * m else 0.0,
+            double=rows * d * m / 2 if 4 * rows < 5 * m else 0.0,
             bytes=pass_,
         ),
         "rank: tridiagonal form, eigenvalues": Work(single=2 / 3 * m**3),

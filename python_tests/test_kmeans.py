@@ -56,6 +56,24 @@ def test_labels_name_the_nearest_centroid_and_inertia_adds_up(
     torch.testing.assert_close(inertia.cpu().double(), expected, rtol=10 * slack, atol=10 * slack)
 
 
+@pytest.mark.parametrize("outlier", [0.0, 1e3], ids=lambda o: f"outlier{o:g}")
+@pytest.mark.parametrize("k", [12, 24, 90])
+def test_rows_without_clusters_get_the_nearest_of_many_centroids(
+    k: int, outlier: float, device: torch.device
+) -> None:
+    """Rows at about the same distance from all centroids, some of them twice. Beside an outlier
+    they are far from the origin of the coordinates, so that a product does not tell them apart."""
+    x = normal(2, 400, 30, seed=3).float()
+    x[:, 300:] = x[:, :100]
+    x[:, 0] += outlier
+    x = x.to(device)
+    centroids, labels, _ = dse_ext.kmeans(x, k, generator=generator(0))
+    to_each = distances(x, centroids)
+    own = to_each.gather(2, labels.cpu()[..., None])[..., 0]
+    assert bool((own <= to_each.min(dim=2).values * (1 + 1e-4)).all())
+    assert torch.equal(labels[:, 301:], labels[:, 1:100])
+
+
 def test_after_convergence_centroids_are_the_means_of_their_rows(device: torch.device) -> None:
     x = torch.stack([blobs(60, 4, 3, seed=s) for s in range(4)]).to(device)
     centroids, labels, _ = dse_ext.kmeans(x, 3, max_iters=200, tol=1e-12, generator=generator(0))

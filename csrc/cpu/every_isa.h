@@ -1,7 +1,7 @@
 // Includes the file that DSE_KERNELS names once for every instruction set, with
 //   DSE_ISA           the namespace that its functions go to,
 //   DSE_VECTOR_BYTES  the width of a vector register (of two, in the baseline),
-//   DSE_WHOLE_VECTORS 1 but in the baseline: a vector is one register.
+//   DSE_WHOLE_VECTORS whether a vector is one register: not in the baseline, nor where AVX-512 is emulated.
 // No include guard. A function's target has to be known where its source is read: vectors are split into what the
 // target has before anything is inlined, and neither target_clones nor inlining into a function of another target
 // puts them together again.

@@ -10,8 +10,8 @@
 namespace dse::cpu {
 namespace {
 
-// Rows of about the same direction are taken relative to the first one before anything is rounded or summed:
-// equal rows become exactly zero, whatever their number.
+// Rows are taken relative to the first one before anything is rounded or summed: equal rows become zero, but for
+// the rounding of one product, whatever their number.
 template <typename P>
 double gather(const RowSet& set, P* out, int64_t ld) {
   const int64_t d = set.x->dim, n = set.n;

@@ -189,7 +189,7 @@ template <typename T>
 void assign(int64_t n, int64_t k, KMeansWorkspace<T>& ws, int64_t* labels) {
   const int64_t ld = ws.ld, blocks = blocks_of(n, kBlockRows);
   row_norms(ws.centroids.data(), k, ld, ws.centroid_norms.reserve(k));
-  const int64_t work_size = kBatchRows * (ld + k) + k;
+  const int64_t work_size = padded(kBatchRows * (ld + k) + k);
   T* all_work = ws.batch.reserve(max_workers() * work_size);
   for_each_task(blocks, n * k * 4, [&](int64_t b, int64_t worker) {
     T* work = all_work + worker * work_size;

@@ -331,8 +331,7 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
   const T* reflectors = memory.reflectors.data();
   T* pair = memory.panel.data();
 
-  double* pivot =
-      shifts_.reserve(shifts * n + shifts * (kBlock + 4) + kBlock * kBlock);  // inverses of the pivots
+  double* pivot = shifts_.reserve(shifts * n + shifts * (kBlock + 4) + kCells);  // inverses of the pivots
   double* inside = pivot + shifts * n;        // shifts x kBlock: the row within the block
   double* corner = inside + shifts * kBlock;  // last diagonal entry of each inverse
   double* reach = corner + shifts;            // product of the ratios of a block
@@ -340,11 +339,11 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
   double* weight = shift + shifts;
   double* block = weight + shifts;  // kBlock x kBlock: f(T) within the block
 
-  T* row = memory.work.reserve(shifts * ld + shifts * kBlock + 2 * kBlock * kBlock + 2 * kBlock * ld);
+  T* row = memory.work.reserve(shifts * ld + shifts * kBlock + 2 * kCells + 2 * kBlock * ld);
   T* ratios = row + shifts * ld;           // shifts x kBlock: weight * ratio to the first turned row
   T* s_matrix = ratios + shifts * kBlock;  // S of the block reflector
-  T* small = s_matrix + kBlock * kBlock;   // V^T F V
-  T* product = small + kBlock * kBlock;    // rows: F V
+  T* small = s_matrix + kCells;            // V^T F V
+  T* product = small + kCells;             // rows: F V
   T* turned = product + kBlock * ld;       // ld x kBlock: V^T
   std::fill(row, row + shifts * ld, T(0));
   for (int64_t s = 0; s < shifts; ++s) {
@@ -363,7 +362,7 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
     T* w_rows = pair + rows * ld;
     // --- Rows k0 .. k1 of f(T), to the right of k1 in terms of the turned rows.
     for (int64_t i = k0; i < k1; ++i) std::fill(out + i * ld + k0, out + (i + 1) * ld, T(0));
-    std::fill(block, block + kBlock * kBlock, 0.0);
+    std::fill(block, block + kCells, 0.0);
     for (int64_t s = 0; s < shifts; ++s) {
       double along = 1.0;
       double* own = inside + s * kBlock;
@@ -402,17 +401,21 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
         for (int64_t i = 0; i < kBlock; ++i) turned[j * kBlock + i] = i < rows ? v_rows[i * ld + k0 + j] : T(0);
     });
     constexpr int64_t kColumns = 48, kDepth = 96;  // what stays in the smallest cache
-    const auto for_columns = [&](int64_t part, const auto& fn) {
-      for (int64_t j = k0 + part * kColumns; j < ld; j += Crew::kParts * kColumns)
-        fn(j, std::min(kColumns, ld - j));
-    };
-    crew.run([&](int64_t part) {
-      for_columns(part, [&](int64_t j, int64_t width) {
+    // fn(first column, columns, targets) for a part's panels of `sums`, whose rows are the targets, zero at
+    // first.
+    const auto sum_panels = [&](int64_t part, T* sums, const auto& fn) {
+      for (int64_t j = k0 + part * kColumns; j < ld; j += Crew::kParts * kColumns) {
+        const int64_t width = std::min(kColumns, ld - j);
         T* own[kBlock];
         for (int64_t i = 0; i < rows; ++i) {
-          own[i] = product + i * ld + j;
+          own[i] = sums + i * ld + j;
           std::fill_n(own[i], width, T(0));
         }
+        fn(j, width, own);
+      }
+    };
+    crew.run([&](int64_t part) {
+      sum_panels(part, product, [&](int64_t j, int64_t width, T* const* own) {
         for (int64_t r = 0; r < n - k0; r += kDepth)
           tn_accumulate(turned + r * kBlock, kBlock, out + (k0 + r) * ld + j, ld, std::min(kDepth, n - k0 - r),
                         T(1), own, rows, width);
@@ -442,12 +445,7 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
     turn(middle, turned_middle);
     multiply_by_s(turned_middle, T(0.5), weights);
     crew.run([&](int64_t part) {
-      for_columns(part, [&](int64_t j, int64_t width) {
-        T* own[kBlock];
-        for (int64_t i = 0; i < rows; ++i) {
-          own[i] = w_rows + i * ld + j;
-          std::fill_n(own[i], width, T(0));
-        }
+      sum_panels(part, w_rows, [&](int64_t j, int64_t width, T* const* own) {
         tn_accumulate(turned_s, kBlock, product + j, ld, rows, T(1), own, rows, width);
         tn_accumulate(weights, kBlock, v_rows + j, ld, rows, T(-1), own, rows, width);
         fill_operands(pair, ld, rows, v_rows, j, j + width);

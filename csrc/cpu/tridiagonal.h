@@ -17,8 +17,7 @@ inline constexpr int64_t kWideShare = 8;
 class Tridiagonal {
  public:
   // Reduces a matrix with zeros beyond column n, of which the upper triangle and the diagonal blocks of eight are
-  // given; it is overwritten. All
-  // threads, unless called by a task of for_each_task.
+  // given; it is overwritten. All threads, unless called by a task of for_each_task.
   void reduce(double* a, int64_t n, int64_t ld);
   // The same, but for the first columns in float32: as long as that makes the error() smaller, and `most_wide` of
   // them or one block at most, are in float64.
