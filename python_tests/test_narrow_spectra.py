@@ -68,6 +68,20 @@ def assert_clusters(x: Tensor, labels: Tensor, k: int, value: float, gradient: f
             assert_gradient(ours_g[group, members], theirs_g[group, members], gradient)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("dead", [0, 1, 5], ids=lambda dead: f"{dead} dead")
+@pytest.mark.parametrize("shape", [(170, 300), (400, 180), (190, 240)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_nuclear_norms_of_large_clusters_to_six_digits(
+    shape: tuple[int, int], dead: int, decay: float, device: torch.device
+) -> None:
+    """Sums of square roots are traces; with dead features, sums over eigenvalues: no digit less."""
+    n, d = shape
+    x = torch.cat([power_law(n, d, decay, seed) for seed in (0, 10)])[None].float().to(device)
+    x[..., :dead] = 0
+    labels = torch.arange(2, device=device).repeat_interleave(n)[None]
+    assert_clusters(x, labels, 2, 1e-6, limits(torch.float32, decay)[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("shape", [*SMALL, *LARGE], ids=lambda s: f"{s[0]}x{s[1]}")

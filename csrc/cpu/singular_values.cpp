@@ -120,4 +120,10 @@ NarrowLoss narrow_loss(const double* values, const double* sigma, const double* 
           kWayBack * kNarrowEps * std::sqrt(sizes / count * trace / squares)};
 }
 
+NarrowLoss nuclear_norm_loss(const PowerSums& sums, double error) {
+  const double count = static_cast<double>(sums.count), inverse = sums.inverses / count;
+  return {error * 0.5 * sums.inverse_roots / sums.roots, error * std::sqrt(0.5) * inverse,
+          kWayBack * kNarrowEps * std::sqrt(inverse * sums.eigenvalues / count)};
+}
+
 }  // namespace dse::cpu

@@ -65,4 +65,15 @@ struct NarrowLoss {
 NarrowLoss narrow_loss(const double* values, const double* sigma, const double* weight, int64_t null,
                        int64_t lifted, int64_t m, double value, const ShiftedInverses& function, double error);
 
+// Sums over the eigenvalues that are not known to be zero, with lambda to the power that the name says.
+struct PowerSums {
+  int64_t count = 0;
+  double roots = 0.0, eigenvalues = 0.0, inverse_roots = 0.0, inverses = 0.0;
+};
+
+// narrow_loss() of a nuclear norm. Its divided differences are -1 / (s t (s + t)) for singular values s and t, so
+// that their squares times s^2 + t^2 are at most 1 / (s t)^2, and at least half of that: the sum over all pairs
+// is a product of sums.
+NarrowLoss nuclear_norm_loss(const PowerSums& sums, double error);
+
 }  // namespace dse::cpu

@@ -22,6 +22,7 @@
 #include "cpu/singular_values.h"
 #include "cpu/stage.h"
 #include "cpu/streamed.h"
+#include "cpu/tridiagonal_traces.h"
 
 namespace dse::cpu {
 namespace {
@@ -206,8 +207,15 @@ void large_eigenvalues(Spectrum* const* spectra, Tridiagonal* const* matrices, i
   }
 }
 
+// Whether the traces of evaluate_by_traces() do: for large matrices in float32, without zero eigenvalues but the
+// one that was lifted.
+bool is_traced(const Spectrum& s, SpectralKind kind, bool narrow) {
+  return narrow && kind == SpectralKind::kNuclearNorm && s.m > kLanesMaxSide &&
+         s.null == (s.lifted > 0.0 ? 1 : 0);
+}
+
 // Eigenvalues of what was reduced, and of the small Gram matrices, which are destroyed.
-void find_eigenvalues(Spectrum* spectra, int64_t count, SpectralWorkspace& ws, bool narrow) {
+void find_eigenvalues(SpectralKind kind, Spectrum* spectra, int64_t count, SpectralWorkspace& ws, bool narrow) {
   DSE_STAGE("clusters: tridiagonal form, eigenvalues");
   const double* wide[kLanes];
   const float* narrow_matrices[kLanes];
@@ -221,6 +229,7 @@ void find_eigenvalues(Spectrum* spectra, int64_t count, SpectralWorkspace& ws, b
     if (!s.finite) continue;
     if (s.m > kLanesMaxSide) {
       s.error += ws.large[i].error();
+      if (is_traced(s, kind, narrow)) continue;
       large_spectra[large] = &s;
       matrices[large++] = &ws.large[i];
       continue;
@@ -391,6 +400,49 @@ Outcome evaluate(const RowSet& set, SpectralKind kind, const Spectrum& s, Spectr
   return narrow ? Outcome::kInaccurate : Outcome::kFunction;
 }
 
+// The same for a nuclear norm of what is_traced(): the sum of square roots is a sum of traces of inverses, and so
+// is what float32 costs.
+template <typename T>
+Outcome evaluate_by_traces(const Spectrum& s, const Tridiagonal& matrix, SpectralTarget<T>& target,
+                           ShiftedInverses& function, Buffer<double>& work) {
+  constexpr double kValueError = 1e-8;
+  target.form = SavedForm::kNone;
+  if (!s.finite) return Outcome::kInaccurate;
+  const double* diagonal = matrix.diagonal();
+  const double* couplings = matrix.couplings();
+  const double scale = matrix.scale();
+  const double largest = largest_bound(diagonal, couplings, 0, s.m);
+  const double smallest = smallest_eigenvalue(s.m, diagonal, couplings, largest);
+  if (smallest < steep_ratio<T>() * largest || !(smallest > std::max(s.error, s.floor * s.floor) * scale))
+    return Outcome::kInaccurate;
+
+  ShiftedInverses root = inverse_square_root(smallest, largest, kValueError);
+  root.shift.push_back(0.0);
+  std::vector<double> traces(root.shift.size());
+  inverse_traces(s.m, diagonal, couplings, root.size(), root.shift.data(), traces.data(), work);
+  PowerSums sums;
+  sums.count = s.m - s.null;
+  for (int64_t i = 0; i < s.m; ++i) sums.eigenvalues += diagonal[i] / scale;
+  for (size_t i = 0; i < root.weight.size(); ++i) {  // T (T + s)^-1 = I - s (T + s)^-1
+    sums.roots += root.weight[i] * (static_cast<double>(s.m) - root.shift[i] * traces[i]);
+    sums.inverse_roots += root.weight[i] * traces[i];
+  }
+  sums.roots /= std::sqrt(scale);
+  sums.inverse_roots *= std::sqrt(scale);
+  sums.inverses = traces.back() * scale;
+  if (s.lifted > 0.0) {
+    sums.roots -= std::sqrt(s.lifted);
+    sums.eigenvalues -= s.lifted;
+    sums.inverse_roots -= 1.0 / std::sqrt(s.lifted);
+    sums.inverses -= 1.0 / s.lifted;
+  }
+  if (!nuclear_norm_loss(sums, s.error).is_small()) return Outcome::kInaccurate;
+  target.value = sums.roots;
+  if (target.slot == nullptr) return Outcome::kDone;
+  function = inverse_square_root(smallest / scale, largest / scale, function_error<T>());
+  return Outcome::kNarrowFunction;
+}
+
 // spectral_functions in one precision. Returns the matrices whose spectra float32 is not enough for.
 template <typename T>
 std::vector<int64_t> spectral_functions_in(const RowSet* sets, int64_t count, SpectralKind kind,
@@ -412,13 +464,15 @@ std::vector<int64_t> spectral_functions_in(const RowSet* sets, int64_t count, Sp
     else ws.large[i].reduce(s.gram, s.m, stream_ld(s.m));
     s.gram = nullptr;  // the next one's
   }
-  find_eigenvalues(spectra, count, ws, narrow);
+  find_eigenvalues(kind, spectra, count, ws, narrow);
 
   ShiftedInverses functions[kLanes];
   Outcome outcome[kLanes];
   std::vector<int64_t> failed;
   for (int64_t i = 0; i < count; ++i) {
-    outcome[i] = evaluate(sets[i], kind, spectra[i], targets[i], narrow, functions[i]);
+    outcome[i] = is_traced(spectra[i], kind, narrow)
+                     ? evaluate_by_traces(spectra[i], ws.large[i], targets[i], functions[i], ws.values)
+                     : evaluate(sets[i], kind, spectra[i], targets[i], narrow, functions[i]);
     if (outcome[i] == Outcome::kInaccurate) failed.push_back(i);
     if (outcome[i] == Outcome::kSteep) exact_spectral_function(sets[i], kind, spectra[i], targets[i], ws);
   }

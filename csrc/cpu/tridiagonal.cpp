@@ -23,6 +23,7 @@
 #include "common/rng.h"
 #include "cpu/dense.h"
 #include "cpu/processor.h"
+#include "cpu/tridiagonal_traces.h"
 #include "cpu/vectors.h"
 
 #define DSE_KERNELS "cpu/tridiagonal.kernels.h"
@@ -132,16 +133,6 @@ bool block_reflector(const T* v_rows, const double* factor, int64_t k0, int64_t 
     s[i * kBlock + i] = static_cast<T>(factor[i]);
   }
   return any;
-}
-
-// An upper bound of the eigenvalues of a part of T, from its discs (Gershgorin).
-double bound_of(const double* diagonal, const double* off, int64_t begin, int64_t n) {
-  double most = 0.0;
-  for (int64_t i = begin; i < n; ++i) {
-    const double before = i > begin ? std::abs(off[i - 1]) : 0.0, after = i + 1 < n ? std::abs(off[i]) : 0.0;
-    most = std::max(most, std::abs(diagonal[i]) + before + after);
-  }
-  return most;
 }
 
 }  // namespace
@@ -257,8 +248,8 @@ void Tridiagonal::reduce_mixed(double* a, int64_t n, int64_t ld, int64_t most_wi
       const int64_t looked_at = narrow_from_ == 0 ? kFirstWide / 2 : kFirstWide;
       reduce_columns(a, narrow_from_, to, wide_, crew);
       narrow_from_ = to;
-      const double last = bound_of(diagonal(), couplings(), to - looked_at, to);
-      const double seen = last / bound_of(diagonal(), couplings(), 0, to);
+      const double last = largest_bound(diagonal(), couplings(), to - looked_at, to);
+      const double seen = last / largest_bound(diagonal(), couplings(), 0, to);
       if (seen < kLittle || last < kFlat * mean || (to > kFirstWide && !(seen < kSlow * before))) break;
       before = seen;
     }
@@ -271,7 +262,7 @@ void Tridiagonal::reduce_mixed(double* a, int64_t n, int64_t ld, int64_t most_wi
     narrow_.reflectors.reserve(n * ld);
     reduce_columns(narrow, narrow_from_, n, narrow_, crew);
   });
-  const double bound = bound_of(diagonal(), couplings(), narrow_from_, n);
+  const double bound = largest_bound(diagonal(), couplings(), narrow_from_, n);
   error_ = bound * static_cast<double>(std::numeric_limits<float>::epsilon()) / scale_;
 }
 
