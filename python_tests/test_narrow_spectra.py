@@ -70,7 +70,7 @@ def assert_clusters(x: Tensor, labels: Tensor, k: int, value: float, gradient: f
 
 @pytest.mark.parametrize("decay", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("dead", [0, 1, 5], ids=lambda dead: f"{dead} dead")
-@pytest.mark.parametrize("shape", [(170, 300), (400, 180), (190, 240)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("shape", [(170, 300), (400, 180), (190, 240)], ids=str)
 def test_nuclear_norms_of_large_clusters_to_six_digits(
     shape: tuple[int, int], dead: int, decay: float, device: torch.device
 ) -> None:
