@@ -74,7 +74,7 @@ def assert_clusters(x: Tensor, labels: Tensor, k: int, value: float, gradient: f
 def test_nuclear_norms_of_large_clusters_to_six_digits(
     shape: tuple[int, int], dead: int, decay: float, device: torch.device
 ) -> None:
-    """Sums of square roots are traces; with dead features, sums over eigenvalues: no digit less."""
+    """Sums of square roots are traces; of more rows than features, some dead, over eigenvalues."""
     n, d = shape
     x = torch.cat([power_law(n, d, decay, seed) for seed in (0, 10)])[None].float().to(device)
     x[..., :dead] = 0

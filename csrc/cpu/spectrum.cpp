@@ -405,6 +405,7 @@ Outcome evaluate(const RowSet& set, SpectralKind kind, const Spectrum& s, Spectr
 template <typename T>
 Outcome evaluate_by_traces(const Spectrum& s, const Tridiagonal& matrix, SpectralTarget<T>& target,
                            ShiftedInverses& function, Buffer<double>& work) {
+  DSE_STAGE("clusters: tridiagonal form, eigenvalues");
   constexpr double kValueError = 1e-8;
   target.form = SavedForm::kNone;
   if (!s.finite) return Outcome::kInaccurate;
