@@ -6,6 +6,7 @@ versions come from the installed packages' metadata.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import os
@@ -43,7 +44,8 @@ def collect() -> dict[str, Any]:
         * ``build``: :func:`dse_ext._C.build_info`;
         * ``libraries``: ``name``, ``path`` and ``sha256`` (its first 16 digits) of each native
           library that was loaded;
-        * ``cpu``: ``capability`` (the instruction set that torch uses), ``threads``, ``cores``;
+        * ``cpu``: ``capability`` (the instruction set that torch uses), ``kernels`` (what the
+          kernels of this package use), ``threads``, ``cores``;
         * ``cuda``: ``operators`` (those with CUDA kernels), ``usable`` (whether a call would run
           on a GPU), ``reason`` (why not, or None) and ``devices``.
 
@@ -58,6 +60,7 @@ def collect() -> dict[str, Any]:
         "libraries": _libraries(),
         "cpu": {
             "capability": torch.backends.cpu.get_cpu_capability(),
+            "kernels": _cpu_kernels(),
             "threads": torch.get_num_threads(),
             "cores": os.cpu_count(),
         },
@@ -94,6 +97,7 @@ def render(info: dict[str, Any]) -> str:
         },
         "CPU": {
             "instructions": cpu["capability"],
+            "kernels": cpu["kernels"],
             "threads": f"{cpu['threads']} of {cpu['cores']} cores",
         },
         "CUDA": {
@@ -135,6 +139,12 @@ def _libraries() -> list[dict[str, str]]:
         }
         for name, path in paths.items()
     ]
+
+
+def _cpu_kernels() -> str:
+    describe = ctypes.CDLL(str(ops.LIBRARIES["_ops"])).dse_ext_cpu_kernels
+    describe.restype = ctypes.c_char_p
+    return bytes(describe()).decode()
 
 
 def _cuda() -> dict[str, Any]:

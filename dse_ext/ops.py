@@ -7,6 +7,7 @@ and clear refusals of what is not supported (double backward, ``torch.func.vmap`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,9 @@ _IMAGE_KERNEL_POSITIONS = 256  # csrc/cuda/heuristics.h
 LIBRARIES: dict[str, Path] = {}
 """Native libraries that were loaded: name -> path."""
 
+INT16_CHOICES = ("auto", "never", "always")
+"""Values of the environment variable ``DSE_EXT_INT16``, which the CPU kernels read."""
+
 FAILURES: dict[str, str] = {}
 """Native libraries that are there but could not be loaded: name -> the loader's reason."""
 
@@ -29,6 +33,11 @@ def _load() -> None:
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < _OLDEST_TORCH:
         raise ImportError(f"dse_ext needs torch >= 2.11, found torch {torch.__version__}.")
+    wish = os.environ.get("DSE_EXT_INT16", "auto")
+    if wish not in INT16_CHOICES:
+        raise ImportError(
+            f"DSE_EXT_INT16 is {wish!r}; accepted are {', '.join(INT16_CHOICES)}."
+        )
     path = _HERE / "_ops.so"
     if not path.exists():
         raise ImportError(

@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 import dse_ext
+from dse_ext import info
 
 # Coefficients of (m_inter, m_intra_image, m_intra_batch, m_dim, avg_norm).
 SCORE = (1.0, -0.5, -0.5, 1.0, 0.0)
 MIXED = (0.7, -1.3, 0.9, 0.4, 1.1)
+#: Whether the CPU's large products are 16-bit (csrc/cpu/short_products.h), and what gradients of
+#: flat spectra are then accurate to, in float32.
+SHORT_PRODUCTS = "16-bit" in info.collect()["cpu"]["kernels"]
+FLAT_GRADIENT = 6e-4 if SHORT_PRODUCTS else 3e-4
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from features import generator, normal, orthogonal
-from parity import assert_gradient, relative_error, tolerance
+from parity import FLAT_GRADIENT, assert_gradient, relative_error, tolerance
 from torch import Tensor
 
 import dse_ext
@@ -32,7 +32,7 @@ def power_law(n: int, d: int, decay: float, seed: int = 0) -> Tensor:
 def limits(dtype: torch.dtype, decay: float) -> tuple[float, float]:
     """Of the value, and of the gradient: the promise, and a tighter bar for slow decays."""
     promise = tolerance(torch.float32)
-    gradient = 3e-4 if decay <= 1 else promise.gradient
+    gradient = FLAT_GRADIENT if decay <= 1 else promise.gradient
     # bfloat16: its values are float32, its gradient is rounded once.
     rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     return promise.component, gradient + rounding
@@ -255,4 +255,4 @@ def test_rank_of_normalized_rows(
         found.append((parts.m_dim.detach(), gradient))
     promise = tolerance(torch.float32)
     assert relative_error(found[0][0], found[1][0]) <= promise.component
-    assert_gradient(found[0][1], found[1][1], 3e-4)
+    assert_gradient(found[0][1], found[1][1], FLAT_GRADIENT)

@@ -54,6 +54,6 @@ DSE_HOST_DEVICE inline bool divides_by_avg_norm(Variant variant) { return varian
 inline constexpr double kNormFloor = 1e-12;
 
 // What a saved_* slot holds for one matrix, see common/spectral.h.
-enum class SavedForm : int64_t { kNone = 0, kGramSide = 1, kPolar = 2 };
+enum class SavedForm : int64_t { kNone = 0, kGramSide = 1, kPolar = 2, kRoundedGramSide = 3 };
 
 }  // namespace dse

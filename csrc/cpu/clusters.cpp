@@ -97,6 +97,20 @@ void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item,
   }
   ws.targets.resize(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) ws.targets[static_cast<size_t>(i)] = target(i);
+  const auto gather = [&] {
+    T* rows = ws.rows.reserve(n * d);
+    gather_rows({&x, item.rows, 0, n, true}, rows, d);
+    if constexpr (sizeof(T) == 4)
+      if (item.form == SavedForm::kRoundedGramSide) round_as_short(rows, n, d, n <= d);
+    return rows;
+  };
+  if (n <= d && item.form == SavedForm::kRoundedGramSide) {
+    const T* rows = gather();
+    ws.right.reserve(n, d);
+    for (int64_t i = 0; i < n; ++i) ws.right.set_row(i, rows + i * d);
+    accumulate_product(item.slot, n, n, ws.right, weight, ws.targets.data());  // the slot is symmetric
+    return;
+  }
   if (n <= d) {
     // Rows of the slot sum to zero, so that any row near the mean does for centring: the mean of a few.
     constexpr int64_t kSample = 8;
@@ -117,8 +131,7 @@ void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item,
     accumulate_product(item.slot, n, n, ws.right, weight, ws.targets.data());  // the slot is symmetric
     return;
   }
-  T* rows = ws.rows.reserve(n * d);
-  gather_rows({&x, item.rows, 0, n, true}, rows, d);
+  const T* rows = gather();
   T* turned = ws.turned.reserve(d * n);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t f = 0; f < d; ++f) turned[f * n + i] = rows[i * d + f];

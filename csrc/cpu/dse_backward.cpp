@@ -20,6 +20,7 @@
 #include "cpu/dse_state.h"
 #include "cpu/operators.h"
 #include "cpu/products.h"
+#include "cpu/short_products.h"
 #include "cpu/stage.h"
 #include "cpu/streamed_rank.h"
 #include "cpu/validate.h"
@@ -143,6 +144,10 @@ class Backward {
   struct RankWorkspace {
     RankMatrix<float> narrow;
     RankMatrix<double> wide;
+    ShortMatrix short_right;
+    double short_mean = 0.0;   // of the diagonal, which is apart: it would set the steps
+    Buffer<float> short_size;  // of the features, and inverses of it
+    const double* short_source = nullptr;
     DominantPart dominant;
     Buffer<double> rest;  // the matrix without it
     const double* rest_of = nullptr;
@@ -192,6 +197,78 @@ class Backward {
     });
   }
 
+  // Sizes of the features, from some rows, and their inverses. Rows are divided by them, and the matrix
+  // multiplied: large features would set the steps of the rows otherwise, and small ones those of the matrix.
+  void feature_sizes(float* size) const {
+    constexpr int64_t kRows = 256;
+    const int64_t d = p_.dim, rows = p_.rows(), count = std::min(rows, kRows);
+    std::vector<double> squares(static_cast<size_t>(d)), row(static_cast<size_t>(d));
+    double total = 0.0;
+    for (int64_t i = 0; i < count; ++i) {
+      x_.load(i * rows / count, row.data());
+      for (size_t f = 0; f < row.size(); ++f) squares[f] += row[f] * row[f];
+    }
+    for (const double own : squares) total += own;
+    const double least = 0.01 * total / static_cast<double>(d);
+    for (int64_t f = 0; f < d; ++f) {
+      const double square = std::max(squares[static_cast<size_t>(f)], least) / static_cast<double>(count);
+      size[f] = square > 0.0 ? static_cast<float>(std::sqrt(square)) : 1.0f;
+      size[d + f] = 1.0f / size[f];
+    }
+  }
+
+  // The same, rank_ * X M, in 16-bit products.
+  void short_rank_gradient(const RowSet& set, const double* saved, RankWorkspace& ws, float* accumulator,
+                           int64_t first_row) const {
+    const int64_t d = p_.dim, n = set.n;
+    ShortMatrix& right = ws.short_right;
+    Buffer<float> row_work(max_workers() * kShortPanel * d);
+    const float* size = ws.short_size.data();
+    if (ws.short_source != saved) {
+      right.reserve(d, d, kShortPanel);
+      double trace = 0.0;
+      for (int64_t f = 0; f < d; ++f) trace += saved[f * (d + 1)];
+      ws.short_mean = trace / static_cast<double>(d);
+      feature_sizes(ws.short_size.reserve(2 * d));
+      size = ws.short_size.data();
+      for_each_task((d + kShortPanel - 1) / kShortPanel, 16 * d * d, [&](int64_t task, int64_t worker) {
+        float* columns = row_work.data() + worker * kShortPanel * d;
+        const int64_t first = task * kShortPanel, count = std::min(kShortPanel, d - first);
+        for (int64_t i = 0; i < count; ++i) {
+          float* own = columns + i * d;
+          const double* column = saved + (first + i) * d;  // or row, of a symmetric matrix
+          for (int64_t f = 0; f < d; ++f) own[f] = static_cast<float>(column[f]) * size[f];
+          own[first + i] = 0.0f;
+        }
+        right.set_columns(first, count, columns, d);
+        right.clear_columns(first + count, kShortPanel - count);
+      });
+      ws.short_source = saved;
+    }
+    Buffer<float> diagonal(d);
+    for (int64_t f = 0; f < d; ++f) diagonal[f] = static_cast<float>(rank_ * saved[f * (d + 1)]);
+    std::vector<ShortMatrix> lefts(static_cast<size_t>(max_workers()));
+    for (ShortMatrix& left : lefts) left.reserve(d, kRankRows, kRankRows);
+    for_each_task((n + kRankRows - 1) / kRankRows, n * d * d, [&](int64_t task, int64_t worker) {
+      float* some = row_work.data() + worker * kShortPanel * d;
+      ShortMatrix& left = lefts[static_cast<size_t>(worker)];
+      const int64_t begin = task * kRankRows, rows = std::min(n - begin, kRankRows);
+      std::array<float*, kRankRows> targets;
+      for (int64_t i0 = 0; i0 < rows; i0 += kTurnedRows) {
+        const int64_t count = std::min(rows - i0, kTurnedRows);
+        for (int64_t i = 0; i < count; ++i) x_.load(set.index(begin + i0 + i), some + i * d);
+        for (int64_t i = 0; i < count; ++i) {
+          float* target = accumulator + (set.index(begin + i0 + i) - first_row) * padded(d);
+          targets[static_cast<size_t>(i0 + i)] = target;
+          for (int64_t f = 0; f < d; ++f) target[f] += diagonal[f] * some[i * d + f];
+          for (int64_t f = 0; f < d; ++f) some[i * d + f] *= size[d + f];
+        }
+        left.set_columns(i0, count, some, d);
+      }
+      accumulate_product(left, rows, right, static_cast<float>(rank_), targets.data());
+    });
+  }
+
   // target(i) += rank_ * (A^T B)[i]. In float64 beside float32 accumulators the products are summed apart.
   template <typename C, typename Target>
   void add_product(const C* a, int64_t lda, int64_t m, const PanelMatrix<C>& b, const Target& target) const {
@@ -229,6 +306,8 @@ class Backward {
       add_dominant(set, ws.dominant, accumulator, first_row);
     } else if (form.steep || !in_range || sizeof(T) == 8) {
       rank_gradient(set, saved, ws.wide, accumulator, first_row);
+    } else if (form.short_products && !rows_side()) {
+      if constexpr (sizeof(T) == 4) short_rank_gradient(set, saved, ws, accumulator, first_row);
     } else {
       rank_gradient(set, saved, ws.narrow, accumulator, first_row);
     }

@@ -36,6 +36,12 @@ struct Features {
   void load(int64_t i, D* dst) const {
     load_run(dtype, row(i), stride_dim, dim, scale_of(i), dst);
   }
+  // Elements first, ..., first + count - 1 of row i, times its scale.
+  template <typename D>
+  void load_part(int64_t i, int64_t first, int64_t count, D* dst) const {
+    const char* src = static_cast<const char*>(row(i)) + element_size * stride_dim * first;
+    load_run(dtype, src, stride_dim, count, scale_of(i), dst);
+  }
   // (row - shift) * inverse.
   template <typename D>
   void load_shifted_row(int64_t i, const double* shift, double inverse, D* dst) const {

@@ -9,6 +9,7 @@
 #include <exception>
 #include <new>
 #include <thread>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -56,6 +57,29 @@ void for_each_task(int64_t n, int64_t work, const Fn& fn) {
   if (failure) std::rethrow_exception(failure);
 }
 
+// The same for tasks of equal size over data that a loop of such calls goes through again and again: a worker has
+// its own tasks in each, whose data is in its cache, and takes others' only when it is done with them.
+template <typename Fn>
+void for_each_own_task(int64_t n, int64_t work, const Fn& fn) {
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), n);
+  if (work < kWorthThreads || workers < 2) {
+    for (int64_t task = 0; task < n; ++task) fn(task);
+    return;
+  }
+  struct alignas(64) Counter {
+    std::atomic<int64_t> next{0};
+  };
+  std::vector<Counter> counters(static_cast<size_t>(workers));
+  for_each_task(workers, work, [&](int64_t, int64_t worker) {
+    for (int64_t i = 0; i < workers; ++i) {
+      const int64_t owner = (worker + i) % workers;
+      std::atomic<int64_t>& next = counters[static_cast<size_t>(owner)].next;
+      const auto take = [&] { return owner + workers * next.fetch_add(1, std::memory_order_relaxed); };
+      for (int64_t task = take(); task < n; task = take()) fn(task);
+    }
+  });
+}
+
 // Upper bound on the worker indices that for_each_task passes on.
 inline int64_t max_workers() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
@@ -76,6 +100,9 @@ void for_each_problem(int64_t n, int64_t work, const Fn& fn) {
 class Crew {
  public:
   static constexpr int64_t kParts = 4;
+
+  // No helpers will ever come.
+  bool is_alone() const { return alone_; }
 
   // Calls fn(part) for every part in [0, kParts); fn must not throw. Not for helpers.
   template <typename Fn>

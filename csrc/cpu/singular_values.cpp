@@ -85,8 +85,10 @@ bool gradient_functions(SpectralKind kind, Part* parts, int64_t count, double va
 }
 
 NarrowLoss narrow_loss(const double* values, const double* sigma, const double* weight, int64_t null,
-                       int64_t lifted, int64_t m, double value, const ShiftedInverses& function, double error) {
-  double along = 0.0, squares = 0.0, change = 0.0, trace = 0.0, sizes = 0.0;
+                       int64_t lifted, int64_t m, double value, const ShiftedInverses& function, double error,
+                       double row_error) {
+  double along = 0.0, squares = 0.0, change = 0.0, row_change = 0.0, trace = 0.0, sizes = 0.0, mean = 0.0,
+         spread = 0.0;
   std::vector<double> own(static_cast<size_t>(m)), at(own.size());  // eigenvalues, and the function of them
   for (int64_t i = lifted; i < m; ++i) {
     const double eigenvalue = i < null ? 0.0 : std::max(values[i], 0.0);
@@ -106,24 +108,46 @@ NarrowLoss narrow_loss(const double* values, const double* sigma, const double* 
     change += 2.0 * eigenvalue * steepness * steepness;
     own[static_cast<size_t>(i)] = eigenvalue;
     at[static_cast<size_t>(i)] = sigma[i] > 0.0 ? weight[i] / sigma[i] : 0.0;
-    double pairs = 0.0;
+    mean += at[static_cast<size_t>(i)];
+    row_change += 4.0 * eigenvalue * eigenvalue * steepness * steepness;
+    double pairs = 0.0, row_pairs = 0.0;
     for (int64_t j = null; j < i; ++j) {
       const double gap = eigenvalue - own[static_cast<size_t>(j)];
       const double difference = at[static_cast<size_t>(i)] - at[static_cast<size_t>(j)];
       const double slope = gap > 1e-7 * eigenvalue ? difference / gap : steepness;
-      pairs += slope * slope * (eigenvalue + own[static_cast<size_t>(j)]);
+      const double both = eigenvalue + own[static_cast<size_t>(j)], term = slope * slope * both;
+      pairs += term;
+      row_pairs += term * both;
     }
     change += pairs;
+    row_change += row_pairs;
   }
   const double count = static_cast<double>(m - null), entry = error / std::sqrt(count);
-  return {error * along / value, entry * std::sqrt(change / squares),
-          kWayBack * kNarrowEps * std::sqrt(sizes / count * trace / squares)};
+  mean /= count;
+  for (int64_t i = null; i < m; ++i) {
+    const double own = at[static_cast<size_t>(i)] - mean;
+    spread += own * own;
+  }
+  NarrowLoss loss;
+  loss.value = (error * along + row_error * std::sqrt(squares)) / value;
+  loss.gradient = entry * std::sqrt(change / squares);
+  loss.rows = row_error * std::sqrt(row_change / squares);
+  loss.rounding = kWayBack * kNarrowEps * std::sqrt(sizes / count * trace / squares);
+  loss.amplification = std::sqrt(spread / count * trace / squares);
+  return loss;
 }
 
-NarrowLoss nuclear_norm_loss(const PowerSums& sums, double error) {
+NarrowLoss nuclear_norm_loss(const PowerSums& sums, int64_t longer, double error, double row_error) {
   const double count = static_cast<double>(sums.count), inverse = sums.inverses / count;
-  return {error * 0.5 * sums.inverse_roots / sums.roots, error * std::sqrt(0.5) * inverse,
-          kWayBack * kNarrowEps * std::sqrt(inverse * sums.eigenvalues / count)};
+  NarrowLoss loss;
+  loss.value = (error * 0.5 * sums.inverse_roots + row_error * std::sqrt(count)) / sums.roots;
+  loss.gradient = error * std::sqrt(0.5) * inverse;
+  loss.rows = row_error * std::sqrt(sums.inverses);
+  loss.same_rows = row_error * std::sqrt(0.5 * sums.inverse_roots * sums.inverse_roots / count +
+                                         (static_cast<double>(longer) - count) * inverse);
+  loss.amplification = std::sqrt(inverse * sums.eigenvalues / count);
+  loss.rounding = kWayBack * kNarrowEps * loss.amplification;
+  return loss;
 }
 
 }  // namespace dse::cpu

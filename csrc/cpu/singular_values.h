@@ -50,6 +50,12 @@ struct NarrowLoss {
   double value = 0.0;     // by an error of the Gram matrix
   double gradient = 0.0;  // the same
   double rounding = 0.0;  // of the gradient: float32 arithmetic on the way back
+  // Of the gradient: by independent errors of the rows' entries, where the Gram matrix alone has them, and where
+  // what it is multiplied with has the same (nuclear norms only).
+  double rows = 0.0, same_rows = 0.0;
+  // How much larger, relative to the gradient f(A) X, independent errors of the entries of X, or of f(A) relative
+  // to themselves, become, the mean of f's values apart: of (f(A) - mean) X.
+  double amplification = 1.0;
 
   // The bounds are on sums over many directions in which errors do not agree: of the value, a thirtieth is seen,
   // of the gradient about what the bound says (docs/definitions.md).
@@ -61,9 +67,11 @@ struct NarrowLoss {
 // basis are those of the error times divided differences of f. Rounding has no preferred direction: an entry is
 // taken to be error / sqrt(m), twice what a random symmetric matrix of that norm has. The first `null`
 // eigenvalues are zero, and of these the first `lifted` are not the matrix's: what f is at the others rounds
-// beside the rest.
+// beside the rest. Errors of the rows' entries, of root mean square `row_error`, change the Gram matrix's entry
+// of two eigenvectors by that times the singular values of both.
 NarrowLoss narrow_loss(const double* values, const double* sigma, const double* weight, int64_t null,
-                       int64_t lifted, int64_t m, double value, const ShiftedInverses& function, double error);
+                       int64_t lifted, int64_t m, double value, const ShiftedInverses& function, double error,
+                       double row_error = 0.0);
 
 // Sums over the eigenvalues that are not known to be zero, with lambda to the power that the name says.
 struct PowerSums {
@@ -71,9 +79,10 @@ struct PowerSums {
   double roots = 0.0, eigenvalues = 0.0, inverse_roots = 0.0, inverses = 0.0;
 };
 
-// narrow_loss() of a nuclear norm. Its divided differences are -1 / (s t (s + t)) for singular values s and t, so
-// that their squares times s^2 + t^2 are at most 1 / (s t)^2, and at least half of that: the sum over all pairs
-// is a product of sums.
-NarrowLoss nuclear_norm_loss(const PowerSums& sums, double error);
+// narrow_loss() of a nuclear norm, of a matrix of `longer` rows or columns. Its divided differences are
+// -1 / (s t (s + t)) for singular values s and t, so that their squares times s^2 + t^2 are at most 1 / (s t)^2,
+// and at least half of that: the sum over all pairs is a product of sums. Times (s^2 + t^2)^2 they are at most 1
+// / s^2 + 1 / t^2. Errors that the rows keep turn the polar factor by 1 / (s + t), and by 1 / s out of its range.
+NarrowLoss nuclear_norm_loss(const PowerSums& sums, int64_t longer, double error, double row_error);
 
 }  // namespace dse::cpu

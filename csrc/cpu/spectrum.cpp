@@ -19,6 +19,7 @@
 #include "cpu/dense.h"
 #include "cpu/products.h"
 #include "cpu/projector.h"
+#include "cpu/short_products.h"
 #include "cpu/singular_values.h"
 #include "cpu/stage.h"
 #include "cpu/streamed.h"
@@ -30,6 +31,8 @@ namespace {
 // Error of a Gram matrix of float32 products that are summed in float64 every 80, in units of the norm of its
 // diagonal: products of two rows err with the lengths of both.
 constexpr double kProducts = 4e-8;
+// The same of sums of 16-bit products, which are exact over kShortRun of them and float32 over kShortRows.
+constexpr double kShortSums = 4e-9;
 constexpr double kNarrowEps = std::numeric_limits<float>::epsilon();
 
 // One matrix on its way through spectral_functions.
@@ -43,6 +46,7 @@ struct Spectrum {
   bool narrow_products = false;  // the Gram matrix is of float32 products
   double lifted = 0.0;           // where the eigenvalue of a vector of ones was moved to
   double error = 0.0;            // of the Gram matrix and its tridiagonal form, about
+  double row_error = 0.0;        // of the entries of the rows that it belongs to
   double* values = nullptr;
 };
 
@@ -126,6 +130,51 @@ void fill_large_gram(const float* matrix, const RowSet& set, Spectrum& s, Spectr
   }
 }
 
+// A large one in 16-bit products.
+void fill_short_gram(const float* matrix, const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
+  const int64_t d = set.x->dim, n = set.n, m = s.m, ldg = stream_ld(m);
+  std::fill(s.gram, s.gram + m * ldg, 0.0);
+  const auto add_products = [&](const ShortPair* panels, int64_t height, int64_t pairs, const float* step) {
+    for (int64_t i = 0; i < m; i += kGramTile)
+      for (int64_t j = i; j < m; j += kGramTile)
+        short_gram_upper(panels, height, pairs, step, s.gram, ldg, i, std::min(m, i + kGramTile), j,
+                         std::min(m, j + kGramTile));
+  };
+  double squares = 0.0;  // of the steps
+  if (n <= d) {
+    ShortMatrix& rows = ws.short_rows;
+    rows.reserve(d, n, kShortPanel);
+    for (int64_t i = 0; i < n; i += kShortPanel)
+      rows.set_columns(i, std::min(kShortPanel, n - i), matrix + i * d, d);
+    rows.clear_columns(n, ldg - n);
+    for (int64_t p = 0; p < rows.pairs(); p += kShortRows / 2)
+      add_products(rows.data(0) + p * kShortPanel, rows.pairs(), std::min(kShortRows / 2, rows.pairs() - p),
+                   rows.step());
+    for (int64_t i = 0; i < n; ++i)
+      squares += static_cast<double>(rows.step()[i]) * static_cast<double>(rows.step()[i]);
+    s.row_error = std::sqrt(squares / (12.0 * static_cast<double>(n)));
+    return;
+  }
+  ShortPair* panels = ws.short_panels.reserve(kShortRows / 2 * ldg);
+  float* step = ws.narrow_turned.reserve(ldg + kShortRows * kShortPanel);
+  float* panel = step + ldg;
+  for (int64_t r = 0; r < n; r += kShortRows) {
+    const int64_t rows = std::min(kShortRows, n - r), pairs = (rows + 1) / 2;
+    for (int64_t first = 0; first < d; first += kShortPanel) {
+      const int64_t width = std::min(kShortPanel, d - first);
+      for (int64_t i = 0; i < rows; ++i) {
+        std::copy_n(matrix + (r + i) * d + first, width, panel + i * kShortPanel);
+        std::fill(panel + i * kShortPanel + width, panel + (i + 1) * kShortPanel, 0.0f);
+      }
+      quantize_columns(panel, rows, panels + first * pairs, step + first);
+    }
+    add_products(panels, pairs, pairs, step);
+    for (int64_t f = 0; f < d; ++f)
+      squares += static_cast<double>(step[f]) * static_cast<double>(step[f]) * static_cast<double>(rows);
+  }
+  s.row_error = std::sqrt(squares / (12.0 * static_cast<double>(n * d)));
+}
+
 // The vector of ones, which centred rows have as a null vector, moved to the middle of the spectrum: a function
 // of the matrix need not be tame at zero then.
 template <typename P>
@@ -153,14 +202,22 @@ bool is_nearly_square(const RowSet& set) {
   return 100 * set.n > 97 * d && 100 * set.n < 106 * d;
 }
 
+// So nearly that a float32 reduction is tried in vain, as a rule.
+bool is_square(const RowSet& set) {
+  const int64_t d = set.x->dim;
+  return 1000 * set.n > 985 * d && 1000 * set.n < 1040 * d;
+}
+
 void fill_narrow_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
-  if (s.m > kLanesMaxSide && is_nearly_square(set)) {
+  const bool is_large = s.m > kLanesMaxSide, is_short = is_large && uses_short_products();
+  if (is_large && !is_short && is_nearly_square(set)) {
     fill_gram(set, s, ws);
   } else {
     DSE_STAGE("clusters: Gram matrices");
     float* matrix = ws.narrow_matrix.reserve(set.n * set.x->dim);
     s.floor = noise_floor(gather_rows(set, matrix, set.x->dim), set.n);
-    if (s.m > kLanesMaxSide) fill_large_gram(matrix, set, s, ws);
+    if (is_short) fill_short_gram(matrix, set, s, ws);
+    else if (is_large) fill_large_gram(matrix, set, s, ws);
     else fill_small_gram(matrix, set, s, ws);
     const bool zero_sum = set.center && set.n <= set.x->dim;
     double trace = 0.0, squares = 0.0;
@@ -172,11 +229,13 @@ void fill_narrow_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
         squares += own * own;
       }
     };
-    if (s.m > kLanesMaxSide) look(s.gram, stream_ld(s.m));
+    if (is_large) look(s.gram, stream_ld(s.m));
     else look(s.narrow_gram, gram_ld(s.m));
     // Squares that leave float32's range are float64's.
     s.finite = trace > 1e-20 && trace < 1e30;
-    s.error = s.m > kLanesMaxSide ? kProducts * std::sqrt(squares) : 0.0;
+    s.error = is_large ? (is_short ? kShortSums : kProducts) * std::sqrt(squares) : 0.0;
+    // Roundings E of the rows add E E^T or E^T E, as good as a multiple of the identity.
+    s.error += s.row_error * s.row_error * static_cast<double>(std::max(set.n, set.x->dim));
     s.narrow_products = true;
   }
   if (!s.finite || !set.center || set.n > set.x->dim) return;
@@ -291,7 +350,7 @@ void apply_functions(const RowSet* sets, const Spectrum* spectra, const ShiftedI
     // Centred rows sum to zero: their vector of ones takes no part, whatever the function made of it.
     if (sets[i].center && sets[i].n <= sets[i].x->dim) centre_both_ways(matrix, s.m, own_ld);
     store_matrix(matrix, s.m, s.m, own_ld, targets[i].slot, unit);
-    targets[i].form = SavedForm::kGramSide;
+    if (targets[i].form == SavedForm::kNone) targets[i].form = SavedForm::kGramSide;
   };
   for (int64_t i = 0; i < count; ++i) {
     if (!is_wanted(i)) continue;
@@ -394,17 +453,18 @@ Outcome evaluate(const RowSet& set, SpectralKind kind, const Spectrum& s, Spectr
     return no_gradient();
   function = std::move(part.function);
   if (sizeof(T) == 8) return Outcome::kFunction;
-  const NarrowLoss loss =
-      narrow_loss(s.values, sigma, weight, s.null, s.lifted > 0.0 ? 1 : 0, s.m, target.value, function, s.error);
-  if (loss.is_small()) return wants_gradient ? Outcome::kNarrowFunction : Outcome::kDone;
+  const NarrowLoss loss = narrow_loss(s.values, sigma, weight, s.null, s.lifted > 0.0 ? 1 : 0, s.m, target.value,
+                                      function, s.error, s.row_error);
+  if (loss.is_small() && loss.rows < kShortLoss)
+    return wants_gradient ? Outcome::kNarrowFunction : Outcome::kDone;
   return narrow ? Outcome::kInaccurate : Outcome::kFunction;
 }
 
 // The same for a nuclear norm of what is_traced(): the sum of square roots is a sum of traces of inverses, and so
 // is what float32 costs.
 template <typename T>
-Outcome evaluate_by_traces(const Spectrum& s, const Tridiagonal& matrix, SpectralTarget<T>& target,
-                           ShiftedInverses& function, Buffer<double>& work) {
+Outcome evaluate_by_traces(const RowSet& set, const Spectrum& s, const Tridiagonal& matrix,
+                           SpectralTarget<T>& target, ShiftedInverses& function, Buffer<double>& work) {
   DSE_STAGE("clusters: tridiagonal form, eigenvalues");
   constexpr double kValueError = 1e-8;
   target.form = SavedForm::kNone;
@@ -437,8 +497,11 @@ Outcome evaluate_by_traces(const Spectrum& s, const Tridiagonal& matrix, Spectra
     sums.inverse_roots -= 1.0 / std::sqrt(s.lifted);
     sums.inverses -= 1.0 / s.lifted;
   }
-  if (!nuclear_norm_loss(sums, s.error).is_small()) return Outcome::kInaccurate;
+  const NarrowLoss loss = nuclear_norm_loss(sums, std::max(set.n, set.x->dim), s.error, s.row_error);
+  const bool keeps_rows = loss.rows < 0.5 * kShortLoss;
+  if (!loss.is_small() || !(keeps_rows || loss.same_rows < kShortLoss)) return Outcome::kInaccurate;
   target.value = sums.roots;
+  target.form = keeps_rows ? SavedForm::kGramSide : SavedForm::kRoundedGramSide;
   if (target.slot == nullptr) return Outcome::kDone;
   function = inverse_square_root(smallest / scale, largest / scale, function_error<T>());
   return Outcome::kNarrowFunction;
@@ -461,7 +524,7 @@ std::vector<int64_t> spectral_functions_in(const RowSet* sets, int64_t count, Sp
     if (!large || !s.finite) continue;
     // While it is in the cache.
     DSE_STAGE("clusters: tridiagonal form, eigenvalues");
-    if (narrow) ws.large[i].reduce_mixed(s.gram, s.m, stream_ld(s.m), s.m / kWideShare);
+    if (narrow && !is_square(sets[i])) ws.large[i].reduce_mixed(s.gram, s.m, stream_ld(s.m), s.m / kWideShare);
     else ws.large[i].reduce(s.gram, s.m, stream_ld(s.m));
     s.gram = nullptr;  // the next one's
   }
@@ -472,7 +535,7 @@ std::vector<int64_t> spectral_functions_in(const RowSet* sets, int64_t count, Sp
   std::vector<int64_t> failed;
   for (int64_t i = 0; i < count; ++i) {
     outcome[i] = is_traced(spectra[i], kind, narrow)
-                     ? evaluate_by_traces(spectra[i], ws.large[i], targets[i], functions[i], ws.values)
+                     ? evaluate_by_traces(sets[i], spectra[i], ws.large[i], targets[i], functions[i], ws.values)
                      : evaluate(sets[i], kind, spectra[i], targets[i], narrow, functions[i]);
     if (outcome[i] == Outcome::kInaccurate) failed.push_back(i);
     if (outcome[i] == Outcome::kSteep) exact_spectral_function(sets[i], kind, spectra[i], targets[i], ws);

@@ -8,6 +8,7 @@
 #include "common/spectral.h"
 #include "cpu/gather.h"
 #include "cpu/parallel.h"
+#include "cpu/short_products.h"
 #include "cpu/tridiagonal.h"
 #include "cpu/tridiagonal_lanes.h"
 
@@ -37,6 +38,9 @@ struct SpectralWorkspace {
   Buffer<float> narrow_turned;        // a block of its features, or of its rows in panels
   Buffer<float> narrow_gram[kLanes];  // m x gram_ld(m)
   TridiagonalLanes<float> narrow_small;
+
+  ShortMatrix short_rows;
+  Buffer<ShortPair> short_panels;
 };
 
 // Values and gradient matrices of one spectral function of up to kLanes matrices, best of similar size.

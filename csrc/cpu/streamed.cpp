@@ -5,6 +5,7 @@
 #include "cpu/aten.h"
 #include "cpu/dense.h"
 #include "cpu/parallel.h"
+#include "cpu/short_products.h"
 #include "cpu/simd.h"
 
 namespace dse::cpu {
@@ -89,6 +90,17 @@ void streamed_triangle(const RowSet& set, double* r) {
   });
 }
 
+namespace {
+
+// The root mean square norm of rows, from their Gram matrix.
+double magnitude_of(const double* gram, int64_t d, int64_t n) {
+  double trace = 0.0;
+  for (int64_t f = 0; f < d; ++f) trace += gram[f * stream_ld(d) + f];
+  return std::sqrt(trace / static_cast<double>(n));
+}
+
+}  // namespace
+
 template <typename P>
 double column_gram(const RowSet& set, double* gram) {
   constexpr int64_t kPanel = sizeof(P) == 8 ? kGramPanel : kNarrowPanel;
@@ -112,14 +124,55 @@ double column_gram(const RowSet& set, double* gram) {
         panel_gram_upper(panels + r * ldg, std::min(part, rows - r), gram, ldg, i0, i1, j0, j1);
     });
   });
-  if (set.center) return magnitude;
-  double trace = 0.0;  // the sum of the rows' squares, too
-  for (int64_t f = 0; f < d; ++f) trace += gram[f * ldg + f];
-  return std::sqrt(trace / static_cast<double>(set.n));
+  return set.center ? magnitude : magnitude_of(gram, d, set.n);
 }
 
 template double column_gram<float>(const RowSet&, double*);
 template double column_gram<double>(const RowSet&, double*);
+
+double short_column_gram(const RowSet& set, double* gram, double* rounding) {
+  static_assert(kShortPanel == kNarrowPanel);
+  constexpr int64_t kParts = 2;  // of kShortRows rows, in a block
+  const int64_t d = set.x->dim, n = set.n, ldg = stream_ld(d), panels = ldg / kShortPanel;
+  Buffer<ShortPair> block(kParts * kShortRows / 2 * ldg);
+  Buffer<float> step(kParts * ldg);
+  double squares = 0.0;
+  for (int64_t begin = 0; begin < n; begin += kParts * kShortRows) {
+    const int64_t rows = std::min(kParts * kShortRows, n - begin), parts = (rows + kShortRows - 1) / kShortRows;
+    const auto height = [&](int64_t part) { return std::min(kShortRows, rows - part * kShortRows); };
+    const auto pairs = [&](int64_t part) { return (height(part) + 1) / 2; };
+    const auto panels_of = [&](int64_t part) { return block.data() + part * kShortRows / 2 * ldg; };
+    for_each_own_task(parts * panels, 16 * rows * d, [&](int64_t task) {
+      const int64_t part = task / panels, first = task % panels * kShortPanel;
+      const int64_t width = std::min(kShortPanel, d - first);
+      float panel[kShortRows * kShortPanel];
+      for (int64_t i = 0; i < height(part); ++i) {
+        float* row = panel + i * kShortPanel;
+        set.x->load_part(set.index(begin + part * kShortRows + i), first, width, row);
+        std::fill(row + width, row + kShortPanel, 0.0f);
+      }
+      quantize_columns(panel, height(part), panels_of(part) + first * pairs(part),
+                       step.data() + part * ldg + first);
+    });
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t f = 0; f < d; ++f) {
+        const auto own = static_cast<double>(step[part * ldg + f]);
+        squares += own * own * static_cast<double>(height(part));
+      }
+    }
+    for_each_upper_tile(0, d, kGramTile, d * d * rows / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+      // Zeroed by whom it is of.
+      if (begin == 0)
+        for (int64_t i = i0; i < i1; ++i)
+          std::fill(gram + i * ldg + j0, gram + i * ldg + (j1 == d ? ldg : j1), 0.0);
+      for (int64_t part = 0; part < parts; ++part)
+        short_gram_upper(panels_of(part), pairs(part), pairs(part), step.data() + part * ldg, gram, ldg, i0, i1,
+                         j0, j1);
+    });
+  }
+  *rounding = std::sqrt(squares / (12.0 * static_cast<double>(n * d)));
+  return magnitude_of(gram, d, n);
+}
 
 double row_gram(const RowSet& set, double* gram) {
   const int64_t d = set.x->dim, n = set.n, ldg = stream_ld(n);

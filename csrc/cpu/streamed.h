@@ -29,6 +29,10 @@ void column_means(const RowSet& set, double* mean);
 template <typename P>
 double column_gram(const RowSet& set, double* gram);
 
+// The same in 16-bit products (short_products.h), not of centred rows. What lies below the diagonal's tiles is
+// not set. `rounding` receives the root mean square of what the entries of the rows were rounded by.
+double short_column_gram(const RowSet& set, double* gram, double* rounding);
+
 // Rows of which column_gram sums products before it adds them to the Gram matrix's float64 sums: fewer where
 // there are few rows and small eigenvalues are near zero.
 inline constexpr int64_t kLeastSummedRows = 40;

@@ -7,6 +7,7 @@
 #include "cpu/aten.h"
 #include "cpu/dense.h"
 #include "cpu/projector.h"
+#include "cpu/short_products.h"
 #include "cpu/singular_values.h"
 #include "cpu/stage.h"
 #include "cpu/streamed.h"
@@ -45,22 +46,29 @@ void StreamedRank::measure(const RowSet& set, bool exact) {
   // hardly more rows than features the smallest eigenvalue is seldom large enough.
   const bool narrow = !exact && columns && 4 * set.n >= 5 * m_ && set.x->unit_rows &&
                       set.x->dtype != DType::kFloat64 && m_ > kLanesMaxSide && is_worth_narrow(set);
-  fill_gram(narrow);
+  const bool is_short = uses_short_products() && !set.center;
+  fill_gram(!narrow ? Products::kWide : is_short ? Products::kShort : Products::kNarrow);
 }
 
-void StreamedRank::fill_gram(bool narrow) {
+void StreamedRank::fill_gram(Products products) {
   const int64_t ldg = stream_ld(m_);
   double* gram = gram_.reserve(m_ * ldg);
   const bool columns = set_.n > set_.x->dim;
   double magnitude = 0.0;
-  if (narrow) magnitude = column_gram<float>(set_, gram);
+  products_ = products;
+  row_error_ = 0.0;
+  if (products == Products::kShort) magnitude = short_column_gram(set_, gram, &row_error_);
+  else if (products == Products::kNarrow) magnitude = column_gram<float>(set_, gram);
   else magnitude = columns ? column_gram<double>(set_, gram) : row_gram(set_, gram);
   floor_ = noise_floor(magnitude, set_.n);
   null_ = count_null(gram, m_, ldg, set_.center && !columns);
   if (m_ <= kLanesMaxSide) mirror_upper(gram, m_, ldg);
   double trace = 0.0;
   for (int64_t i = 0; i < m_; ++i) trace += gram[i * ldg + i];
-  gram_error_ = narrow ? narrow_products(set_.n, m_) * trace : 0.0;
+  gram_error_ = 0.0;
+  if (products == Products::kNarrow) gram_error_ = narrow_products(set_.n, m_) * trace;
+  // Roundings E of rows add E^T E, as good as a multiple of the identity; the rest is narrow_loss()'s.
+  if (products == Products::kShort) gram_error_ = row_error_ * row_error_ * static_cast<double>(set_.n);
   finite_ = std::isfinite(trace);
 }
 
@@ -99,15 +107,20 @@ void StreamedRank::find_eigenvalues() {
   const double value = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m_, weight);
   Part part{values, m_, {}};
   // At its maximum there is no gradient to be accurate about.
-  accurate_ = sigma[0] > 0.0 &&
-              gradient_functions(SpectralKind::kEffectiveRank, &part, 1, value, sigma, weight, m_,
-                                 function_error<float>()) &&
-              narrow_loss(values, sigma, weight, 0, 0, m_, value, part.function, error).is_small();
+  if (!(sigma[0] > 0.0) || !gradient_functions(SpectralKind::kEffectiveRank, &part, 1, value, sigma, weight, m_,
+                                               function_error<float>())) {
+    return;
+  }
+  const NarrowLoss loss = narrow_loss(values, sigma, weight, 0, 0, m_, value, part.function, error, row_error_);
+  accurate_ = loss.is_small() && loss.rows < kShortLoss;
 }
 
 void StreamedRank::start_again() {
-  if (gram_error_ > 0.0) {
-    fill_gram(false);
+  if (products_ == Products::kShort) {
+    fill_gram(Products::kNarrow);
+    reduce(false);
+  } else if (products_ == Products::kNarrow) {
+    fill_gram(Products::kWide);
     reduce(true);
   } else {
     DSE_STAGE("rank: tridiagonal form, eigenvalues");
@@ -117,7 +130,7 @@ void StreamedRank::start_again() {
 }
 
 double StreamedRank::finish(bool exact, double* gradient, RankForm* form) {
-  if (!accurate_) start_again();
+  while (!accurate_) start_again();
   DSE_STAGE("rank: gradient matrix");
   const int64_t ldg = stream_ld(m_);
   *form = {};
@@ -159,13 +172,19 @@ double StreamedRank::finish(bool exact, double* gradient, RankForm* form) {
   if (m_ <= kLanesMaxSide) {
     const ShiftedInverses* functions = &part.function;
     small_.apply(&functions, &gram, &ldg);
-  } else if (!exact &&
-             narrow_loss(values, sigma, weight, null_, 0, m_, result, part.function, large_.error()).is_small()) {
-    double unit = 1.0;
-    float* narrow = large_.apply_narrow(part.function, &unit);
-    if (set_.center && set_.n <= set_.x->dim) centre_both_ways(narrow, m_, ldg);
-    store_matrix(narrow, m_, m_, ldg, gradient, unit);
-    return result;
+  } else if (!exact) {
+    const NarrowLoss loss =
+        narrow_loss(values, sigma, weight, null_, 0, m_, result, part.function, large_.error());
+    form->short_products =
+        uses_short_products() && set_.x->unit_rows && kShortRounding * loss.amplification < kShortLoss;
+    if (loss.is_small()) {
+      double unit = 1.0;
+      float* narrow = large_.apply_narrow(part.function, &unit);
+      if (set_.center && set_.n <= set_.x->dim) centre_both_ways(narrow, m_, ldg);
+      store_matrix(narrow, m_, m_, ldg, gradient, unit);
+      return result;
+    }
+    large_.apply(part.function, gram);
   } else {
     large_.apply(part.function, gram);
   }

@@ -16,9 +16,10 @@ namespace dse::cpu {
 struct RankForm {
   bool steep = false;    // in float64
   int64_t dominant = 0;  // or in float32, after this many dominant eigenvectors were taken out (dominant.h)
+  bool short_products = false;  // or in 16-bit products (short_products.h); else in float32
 
-  int64_t code() const { return dominant > 0 ? 1 + dominant : steep ? 1 : 0; }
-  static RankForm of(int64_t code) { return {code != 0, std::max<int64_t>(code - 1, 0)}; }
+  int64_t code() const { return short_products ? -1 : dominant > 0 ? 1 + dominant : steep ? 1 : 0; }
+  static RankForm of(int64_t code) { return {code > 0, std::max<int64_t>(code - 1, 0), code < 0}; }
 };
 
 // Effective rank of a matrix that is not held in memory, in four steps: the Gram matrix (one pass over the rows)
@@ -26,8 +27,9 @@ struct RankForm {
 // others); and the value with the m x m float64 matrix of its gradient, by all, m = min(n, d).
 //
 // Precision follows the spectrum. A Gram matrix with float32 products, summed over blocks of rows and then in
-// float64, has errors of about 2e-9 of its trace. Whether that, and a reduction in float32, were good enough is
-// read from the eigenvalues; where they were not, the last step does both again (docs/definitions.md).
+// float64, has errors of about 2e-9 of its trace; in 16-bit products it is the exact one of rows that were
+// rounded. Whether that, and a reduction in float32, were good enough is read from the eigenvalues; where they
+// were not, the last step does both again (docs/definitions.md).
 class StreamedRank {
  public:
   // `exact`: float64 all the way.
@@ -47,7 +49,10 @@ class StreamedRank {
   }
 
  private:
-  void fill_gram(bool narrow);
+  // What the products of a Gram matrix are summed from.
+  enum class Products { kWide, kNarrow, kShort };
+
+  void fill_gram(Products products);
   void start_again();
   double finish_exactly(double* gradient);
   std::optional<double> finish_in_two_parts(bool exact, double* gradient, RankForm* form);
@@ -57,8 +62,10 @@ class StreamedRank {
   double floor_ = 0.0;
   bool finite_ = true;
   bool converged_ = true;
-  bool accurate_ = true;     // float32 was enough, or had no part in it
+  bool accurate_ = true;  // float32 was enough, or had no part in it
+  Products products_ = Products::kWide;
   double gram_error_ = 0.0;  // of float32 products, about
+  double row_error_ = 0.0;   // of the rows' entries, in 16-bit products
   Buffer<double> gram_;      // m x stream_ld(m)
   Buffer<double> spectrum_;  // eigenvalues, singular values, weights
   Buffer<double> iterated_, scaled_, factors_;

@@ -55,29 +55,55 @@ void dots(int64_t count, const T* b, int64_t ld, const T* v, int64_t begin, int6
   DSE_CALL_BY_ISA(dots, count, b, ld, v, begin, end, out);
 }
 template <typename T>
+void turn(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t ldo) {
+  DSE_CALL_BY_ISA(turn, in, ld, rows, columns, out, ldo);
+}
+template <typename T>
 void mirror(T* a, int64_t ld, int64_t first, int64_t row_end, int64_t n) {
   DSE_CALL_BY_ISA(mirror, a, ld, first, row_end, n);
 }
 
-// A crew's part of A -= V W^T + W V^T for rows and columns first .. n, above the diagonal and within its tiles;
-// `pair` holds the rows of V then those of W, `negated` those of -W then -V.
+// The rows of a crew's parts, of about equal areas of the upper triangle from row `first` on; multiples of
+// kGramPanel. A part's rows are in its cache: it has nearly the same ones as long as `first` grows slowly.
+struct Bands {
+  int64_t edge[Crew::kParts + 1];
+
+  Bands(int64_t first, int64_t n) {
+    for (int64_t p = 0; p < Crew::kParts; ++p) {
+      const double left = std::sqrt(1.0 - static_cast<double>(p) / static_cast<double>(Crew::kParts));
+      const int64_t row = first + static_cast<int64_t>(static_cast<double>(n - first) * (1.0 - left));
+      edge[p] = row / kGramPanel * kGramPanel;
+    }
+    edge[Crew::kParts] = n;
+  }
+};
+
+// A -= V W^T + W V^T for rows first .. last and columns to n, above the diagonal and within its tiles; `pair`
+// holds the rows of V then those of W, `negated` those of -W then -V.
 template <typename T>
-void symmetric_update(int64_t part, const T* pair, const T* negated, int64_t rows, T* a, int64_t ld,
-                      int64_t first, int64_t n) {
-  int64_t tile = 0;
-  for (int64_t i = first; i < n; i += kTile)
+void symmetric_update(const T* pair, const T* negated, int64_t rows, T* a, int64_t ld, int64_t first,
+                      int64_t last, int64_t n) {
+  for (int64_t i = first; i < last; i += kTile)
     for (int64_t j = i; j < n; j += kTile)
-      if (tile++ % Crew::kParts == part)
-        tn_product_upper(pair, ld, negated, ld, rows, a, ld, i, std::min(n, i + kTile), j,
-                         std::min(n, j + kTile));
+      tn_product_upper(pair, ld, negated, ld, rows, a, ld, i, std::min(last, i + kTile), j,
+                       std::min(n, j + kTile));
+}
+template <typename T>
+void symmetric_update(Crew& crew, const Bands& bands, const T* pair, const T* negated, int64_t rows, T* a,
+                      int64_t ld, int64_t first, int64_t n) {
+  if (crew.is_alone()) {
+    symmetric_update(pair, negated, rows, a, ld, first, n, n);
+    return;
+  }
+  crew.run([&](int64_t p) { symmetric_update(pair, negated, rows, a, ld, bands.edge[p], bands.edge[p + 1], n); });
 }
 
 // y = A v for rows and columns `first` .. n; v is zero before, and y is undefined there. `partial` has room for
 // Crew::kParts rows. A matrix of few columns is not worth the threads' company: which those are depends on n
 // only, and not on who is there.
 template <typename T>
-void symmetric_product(Crew& crew, const T* a, int64_t ld, int64_t first, int64_t n, const T* v, T* partial,
-                       T* y) {
+void symmetric_product(Crew& crew, const Bands& bands, const T* a, int64_t ld, int64_t first, int64_t n,
+                       const T* v, T* partial, T* y) {
   constexpr bool kAlways = kWorthThreads == 0;
   constexpr int64_t kWorthParts = kAlways ? 0 : 640, kColumns = kAlways ? 32 : 320;
   const int64_t begin = down(first);
@@ -85,18 +111,13 @@ void symmetric_product(Crew& crew, const T* a, int64_t ld, int64_t first, int64_
     symmetric_product(a, ld, begin, n, n, v, y);
     return;
   }
-  // Rows of about equal areas.
-  int64_t edge[Crew::kParts + 1];
-  for (int64_t p = 0; p < Crew::kParts; ++p) {
-    const double left = std::sqrt(1.0 - static_cast<double>(p) / static_cast<double>(Crew::kParts));
-    edge[p] = begin + down(static_cast<int64_t>(static_cast<double>(n - begin) * (1.0 - left)));
-  }
-  edge[Crew::kParts] = n;
-  crew.run(
-      [&](int64_t p) { symmetric_product(a, ld, edge[p], edge[p + 1], n, v, p == 0 ? y : partial + p * ld); });
+  const auto from = [&](int64_t p) { return p == 0 ? begin : std::max(begin, bands.edge[p]); };
+  crew.run([&](int64_t p) {
+    symmetric_product(a, ld, from(p), std::max(begin, bands.edge[p + 1]), n, v, p == 0 ? y : partial + p * ld);
+  });
   for (int64_t p = 1; p < Crew::kParts; ++p) {
     const T* own = partial + p * ld;
-    for (int64_t j = edge[p]; j < n; ++j) y[j] += own[j];
+    for (int64_t j = from(p); j < n; ++j) y[j] += own[j];
   }
 }
 
@@ -152,6 +173,7 @@ void Tridiagonal::reduce_columns(T* a, int64_t first, int64_t last, Memory<T>& m
     k1 = std::min({n, last, (k0 / kBlock + 1) * kBlock});
     const int64_t rows = k1 - k0;
     T* w_rows = pair + rows * ld;
+    const Bands bands(k0, n);
     for (int64_t k = k0; k < k1; ++k) {
       const int64_t p = k - k0;
       T* row = a + k * ld;
@@ -186,7 +208,7 @@ void Tridiagonal::reduce_columns(T* a, int64_t first, int64_t last, Memory<T>& m
       for (int64_t j = k + 2; j < n; ++j) v[j] *= inverse;
       v[k + 1] = T(1);
       factor[k] = 2.0 * (lead * lead) / (lead * lead + tail);
-      symmetric_product(crew, a, ld, k + 1, n, v, partial, w);
+      symmetric_product(crew, bands, a, ld, k + 1, n, v, partial, w);
       for (int64_t j = begin; j <= k; ++j) w[j] = T(0);
       std::fill(w + n, w + ld, T(0));
       dots(p, w_rows, ld, v, begin, ld, coefficients);
@@ -205,7 +227,7 @@ void Tridiagonal::reduce_columns(T* a, int64_t first, int64_t last, Memory<T>& m
     // From a whole tile on; what that adds to columns before k1 is not looked at again.
     const int64_t from = k1 / kBlock * kBlock;
     fill_operands(pair, ld, rows, static_cast<const T*>(nullptr), from, ld);
-    crew.run([&](int64_t part) { symmetric_update(part, pair, pair + 2 * rows * ld, 2 * rows, a, ld, from, n); });
+    symmetric_update(crew, Bands(from, n), pair, pair + 2 * rows * ld, 2 * rows, a, ld, from, n);
   }
 }
 
@@ -315,7 +337,7 @@ void Tridiagonal::smallest_subspace(int64_t count, double below, double* rows) {
 
 template <typename T>
 void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double unit, Memory<T>& memory, T* out) {
-  const int64_t n = n_, ld = ld_, shifts = function.size();
+  const int64_t n = n_, ld = ld_, shifts = function.size(), blocks = (n + kBlock - 1) / kBlock, end = gram_ld(n);
   const double* diagonal = vectors_.data();
   const double* off = diagonal + n;
   const double* factor = off + n;
@@ -330,12 +352,13 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
   double* weight = shift + shifts;
   double* block = weight + shifts;  // kBlock x kBlock: f(T) within the block
 
-  T* row = memory.work.reserve(shifts * ld + shifts * kBlock + 2 * kCells + 2 * kBlock * ld);
-  T* ratios = row + shifts * ld;           // shifts x kBlock: weight * ratio to the first turned row
-  T* s_matrix = ratios + shifts * kBlock;  // S of the block reflector
-  T* small = s_matrix + kCells;            // V^T F V
-  T* product = small + kCells;             // rows: F V
-  T* turned = product + kBlock * ld;       // ld x kBlock: V^T
+  T* row = memory.work.reserve(shifts * (ld + kBlock) + blocks * kCells + Crew::kParts * kCells +
+                               (Crew::kParts + 1) * kBlock * ld);
+  T* ratios = row + shifts * ld;                     // shifts x kBlock: weight * ratio to the first turned row
+  T* s_matrices = ratios + shifts * kBlock;          // S of every block's reflector
+  T* small_parts = s_matrices + blocks * kCells;     // of V^T F V, by the crew's parts
+  T* product = small_parts + Crew::kParts * kCells;  // rows: F V, and what the other parts add to it
+  T* turned = product + Crew::kParts * kBlock * ld;  // end x kBlock: V^T of the block in hand
   std::fill(row, row + shifts * ld, T(0));
   for (int64_t s = 0; s < shifts; ++s) {
     // (A + s)^-1 = scale (scale A + scale s)^-1.
@@ -346,10 +369,25 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
     for (int64_t i = 1; i < n; ++i)
       inverse[i] = 1.0 / (diagonal[i] + shift[s] - off[i - 1] * off[i - 1] * inverse[i - 1]);
   }
+  const auto rows_of = [&](int64_t b) { return std::min(n - b * kBlock, kBlock); };
+  std::vector<char> turns(static_cast<size_t>(blocks));  // whether a block has any reflector
+  crew.run([&](int64_t part) {
+    for (int64_t b = part; b < blocks; b += Crew::kParts) {
+      turns[static_cast<size_t>(b)] = block_reflector(reflectors + b * kBlock * ld, factor + b * kBlock,
+                                                      b * kBlock, rows_of(b), ld, s_matrices + b * kCells);
+    }
+  });
+
+  // The block whose V W^T + W V^T, in `pair`, has not been subtracted yet, from its first column on.
+  int64_t pending = n, pending_rows = 0;
+  const auto subtract_pending = [&](int64_t i0, int64_t i1) {
+    const int64_t from = std::max(i0, pending);
+    if (from < i1) symmetric_update(pair, pair + 2 * pending_rows * ld, 2 * pending_rows, out, ld, from, i1, n);
+  };
 
   T* targets[kBlock];
-  for (int64_t k0 = (n - 1) / kBlock * kBlock; k0 >= 0; k0 -= kBlock) {
-    const int64_t k1 = std::min(n, k0 + kBlock), rows = k1 - k0;
+  for (int64_t k0 = (blocks - 1) * kBlock; k0 >= 0; k0 -= kBlock) {
+    const int64_t rows = rows_of(k0 / kBlock), k1 = k0 + rows;
     T* w_rows = pair + rows * ld;
     // --- Rows k0 .. k1 of f(T), to the right of k1 in terms of the turned rows.
     for (int64_t i = k0; i < k1; ++i) std::fill(out + i * ld + k0, out + (i + 1) * ld, T(0));
@@ -381,46 +419,83 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
       for (int64_t j = k1; j < n; ++j) row[s * ld + j] *= factor_of_row;
       for (int64_t i = 0; i < rows; ++i) row[s * ld + k0 + i] = static_cast<T>(inside[s * kBlock + i]);
     }
+    if (turns[static_cast<size_t>(k0 / kBlock)] == 0) continue;
     const T* v_rows = reflectors + k0 * ld;
-    const bool any = block_reflector(v_rows, factor + k0, k0, rows, ld, s_matrix);
-    mirror(out, ld, k0, k1, n);
-    if (!any) continue;
-    const int64_t m = ld - k0;
-    // --- F V, as rows.
+    const T* s_matrix = s_matrices + k0 / kBlock * kCells;
+
     crew.run([&](int64_t part) {
-      for (int64_t j = part * m / Crew::kParts; j < (part + 1) * m / Crew::kParts; ++j)
-        for (int64_t i = 0; i < kBlock; ++i) turned[j * kBlock + i] = i < rows ? v_rows[i * ld + k0 + j] : T(0);
+      for (int64_t j = k0 + part * kTile; j < end; j += Crew::kParts * kTile)
+        turn(v_rows + j, ld, rows, std::min(kTile, end - j), turned + j * kBlock, kBlock);
     });
-    constexpr int64_t kColumns = 48, kDepth = 96;  // what stays in the smallest cache
-    // fn(first column, columns, targets) for a part's panels of `sums`, whose rows are the targets, zero at
-    // first.
-    const auto sum_panels = [&](int64_t part, T* sums, const auto& fn) {
-      for (int64_t j = k0 + part * kColumns; j < ld; j += Crew::kParts * kColumns) {
-        const int64_t width = std::min(kColumns, ld - j);
-        T* own[kBlock];
-        for (int64_t i = 0; i < rows; ++i) {
-          own[i] = sums + i * ld + j;
-          std::fill_n(own[i], width, T(0));
+
+    // --- F V, as rows, of the upper triangle: a tile of F is multiplied as it is and as what it mirrors, just
+    // after the update that it was left.
+    const Bands bands(k0, n);
+    crew.run([&](int64_t part) {
+      const int64_t first = bands.edge[part], last = bands.edge[part + 1];
+      T* sums = product + part * kBlock * ld;
+      T mirrored[kTile * kTile];
+      T* own[kBlock];
+      for (int64_t i = 0; i < rows; ++i) std::fill(sums + i * ld + first, sums + i * ld + end, T(0));
+      for (int64_t i0 = first; i0 < last; i0 += kTile) {
+        const int64_t i1 = std::min(last, i0 + kTile), height = i1 - i0;
+        subtract_pending(i0, i1);
+        mirror(out, ld, i0, i1, i1);
+        constexpr int64_t kColumns = 48;  // what stays in the smallest cache
+        for (int64_t j = i0; j < n; j += kColumns) {
+          for (int64_t i = 0; i < rows; ++i) own[i] = sums + i * ld + j;
+          tn_accumulate(turned + i0 * kBlock, kBlock, out + i0 * ld + j, ld, height, T(1), own, rows,
+                        std::min(kColumns, end - j));
         }
-        fn(j, width, own);
+        for (int64_t j = i1; j < n; j += kTile) {
+          const int64_t width = std::min(kTile, end - j);
+          turn(out + i0 * ld + j, ld, height, width, mirrored, kTile);
+          for (int64_t i = 0; i < rows; ++i) own[i] = sums + i * ld + i0;
+          tn_accumulate(turned + j * kBlock, kBlock, mirrored, kTile, width, T(1), own, rows,
+                        (height + 7) / 8 * 8);
+        }
       }
+      // --- The turned rows: g - (g V) S^T V^T.
+      for (int64_t s = part; s < shifts; s += Crew::kParts) {
+        T along[kBlock], coefficients[kBlock];
+        T* own = row + s * ld + k0;
+        dots(rows, v_rows, ld, row + s * ld, k0, ld, along);
+        for (int64_t i = 0; i < rows; ++i) {
+          coefficients[i] = T(0);
+          for (int64_t q = i; q < rows; ++q) coefficients[i] += along[q] * s_matrix[i * kBlock + q];
+        }
+        tn_accumulate(coefficients, 1, v_rows + k0, ld, rows, T(-1), &own, 1, ld - k0);
+      }
+    });
+    // fn(first, last) for a part's columns from k0 on.
+    const auto for_columns = [&](int64_t part, const auto& fn) {
+      for (int64_t j = k0 + part * kTile; j < end; j += Crew::kParts * kTile) fn(j, std::min(end, j + kTile));
     };
     crew.run([&](int64_t part) {
-      sum_panels(part, product, [&](int64_t j, int64_t width, T* const* own) {
-        for (int64_t r = 0; r < n - k0; r += kDepth)
-          tn_accumulate(turned + r * kBlock, kBlock, out + (k0 + r) * ld + j, ld, std::min(kDepth, n - k0 - r),
-                        T(1), own, rows, width);
+      T* small = small_parts + part * kCells;
+      std::fill_n(small, kCells, T(0));
+      for_columns(part, [&](int64_t j0, int64_t j1) {
+        for (int64_t p = 1; p < Crew::kParts; ++p) {
+          const int64_t from = std::max(j0, bands.edge[p]);
+          for (int64_t i = 0; i < rows; ++i) {
+            T* own = product + i * ld;
+            const T* other = own + p * kBlock * ld;
+            for (int64_t j = from; j < j1; ++j) own[j] += other[j];
+          }
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+          T along[kBlock];
+          dots(rows, v_rows, ld, product + i * ld, j0, j1, along);
+          for (int64_t q = 0; q < rows; ++q) small[i * kBlock + q] += along[q];
+        }
       });
     });
     // --- W = F V S^T - V (S V^T F V S^T) / 2. Rows of W are sums over rows of F V and of V, by the transposes of
     // the coefficients.
     T turned_s[kCells], middle[kCells], turned_middle[kCells], weights[kCells];
-    std::fill_n(small, kCells, T(0));
-    crew.run([&](int64_t part) {
-      for (int64_t i = part; i < rows; i += Crew::kParts)
-        dots(rows, v_rows, ld, product + i * ld, k0, ld, small + i * kBlock);
-    });
-    const auto turn = [&](const T* from, T* to) {
+    for (int64_t p = 1; p < Crew::kParts; ++p)
+      for (int64_t i = 0; i < kCells; ++i) small_parts[i] += small_parts[p * kCells + i];
+    const auto turn_small = [&](const T* from, T* to) {
       for (int64_t q = 0; q < kBlock; ++q)
         for (int64_t i = 0; i < kBlock; ++i)
           to[q * kBlock + i] = i < rows && q < rows ? from[i * kBlock + q] : T(0);
@@ -431,36 +506,33 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
       for (int64_t i = 0; i < rows; ++i) own[i] = to + i * kBlock;
       tn_accumulate(turned_s, kBlock, by, kBlock, rows, factor_of_all, own, rows, kBlock);
     };
-    turn(s_matrix, turned_s);
-    multiply_by_s(small, T(1), middle);
-    turn(middle, turned_middle);
+    turn_small(s_matrix, turned_s);
+    multiply_by_s(small_parts, T(1), middle);
+    turn_small(middle, turned_middle);
     multiply_by_s(turned_middle, T(0.5), weights);
     crew.run([&](int64_t part) {
-      sum_panels(part, w_rows, [&](int64_t j, int64_t width, T* const* own) {
-        tn_accumulate(turned_s, kBlock, product + j, ld, rows, T(1), own, rows, width);
-        tn_accumulate(weights, kBlock, v_rows + j, ld, rows, T(-1), own, rows, width);
-        fill_operands(pair, ld, rows, v_rows, j, j + width);
+      for_columns(part, [&](int64_t j0, int64_t j1) {
+        T* own[kBlock];
+        for (int64_t i = 0; i < rows; ++i) {
+          own[i] = w_rows + i * ld + j0;
+          std::fill_n(own[i], j1 - j0, T(0));
+        }
+        tn_accumulate(turned_s, kBlock, product + j0, ld, rows, T(1), own, rows, j1 - j0);
+        tn_accumulate(weights, kBlock, v_rows + j0, ld, rows, T(-1), own, rows, j1 - j0);
+        fill_operands(pair, ld, rows, v_rows, j0, j1);
       });
     });
-    crew.run([&](int64_t part) {
-      symmetric_update(part, pair, pair + 2 * rows * ld, 2 * rows, out, ld, k0, n);
-      // --- The turned rows: g - (g V) S^T V^T.
-      for (int64_t s = part; s < shifts; s += Crew::kParts) {
-        T along[kBlock], coefficients[kBlock];
-        T* own = row + s * ld + k0;
-        dots(rows, v_rows, ld, row + s * ld, k0, ld, along);
-        for (int64_t i = 0; i < rows; ++i) {
-          coefficients[i] = T(0);
-          for (int64_t q = i; q < rows; ++q) coefficients[i] += along[q] * s_matrix[i * kBlock + q];
-        }
-        tn_accumulate(coefficients, 1, v_rows + k0, ld, rows, T(-1), &own, 1, m);
-      }
-    });
-    crew.run([&](int64_t part) {
-      for (int64_t i = k0 + part * kBlock; i < n; i += Crew::kParts * kBlock)
-        mirror(out, ld, i, std::min(n, i + kBlock), n);
-    });
+    pending = k0;
+    pending_rows = rows;
   }
+  const Bands bands(0, n);
+  crew.run([&](int64_t part) {
+    for (int64_t i0 = bands.edge[part]; i0 < bands.edge[part + 1]; i0 += kTile) {
+      const int64_t i1 = std::min(bands.edge[part + 1], i0 + kTile);
+      subtract_pending(i0, i1);
+      mirror(out, ld, i0, i1, n);
+    }
+  });
 }
 
 template <typename T>

@@ -149,7 +149,7 @@ void dots(int64_t count, const T* b, int64_t ld, const T* v, int64_t begin, int6
 
 // out = transpose of eight rows of eight, of which `in` reads from the first.
 template <typename T>
-DSE_INLINE void transpose_eight(const T* in, int64_t ld, T* out) {
+DSE_INLINE void transpose_eight(const T* in, int64_t ld, T* out, int64_t ldo) {
   if constexpr (kWidth<T> == 8 && sizeof(T) == 4) {
     Lane<T> r[8], s[8];
     for (int i = 0; i < 8; ++i) r[i] = load(in + i * ld);
@@ -163,13 +163,29 @@ DSE_INLINE void transpose_eight(const T* in, int64_t ld, T* out) {
         r[h + i + 2] = __builtin_shufflevector(s[h + i], s[h + i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
       }
       for (int i = 0; i < 4; i += 2) {  // neighbours
-        store(out + (h + i) * ld, __builtin_shufflevector(r[h + i], r[h + i + 1], 0, 8, 2, 10, 4, 12, 6, 14));
-        store(out + (h + i + 1) * ld, __builtin_shufflevector(r[h + i], r[h + i + 1], 1, 9, 3, 11, 5, 13, 7, 15));
+        store(out + (h + i) * ldo, __builtin_shufflevector(r[h + i], r[h + i + 1], 0, 8, 2, 10, 4, 12, 6, 14));
+        store(out + (h + i + 1) * ldo,
+              __builtin_shufflevector(r[h + i], r[h + i + 1], 1, 9, 3, 11, 5, 13, 7, 15));
       }
     }
   } else {
     for (int j = 0; j < 8; ++j)
-      for (int i = 0; i < 8; ++i) out[j * ld + i] = in[i * ld + j];
+      for (int i = 0; i < 8; ++i) out[j * ldo + i] = in[i * ld + j];
+  }
+}
+
+// out (columns x ldo) = transpose of `rows` rows of `columns` elements, a multiple of eight; rows are filled up
+// with zeros to a multiple of eight.
+template <typename T>
+void turn(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t ldo) {
+  constexpr int64_t kStep = 8;
+  for (int64_t i = 0; i < rows; i += kStep) {
+    if (i + kStep <= rows) {
+      for (int64_t j = 0; j < columns; j += kStep) transpose_eight(in + i * ld + j, ld, out + j * ldo + i, ldo);
+      continue;
+    }
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t r = 0; r < kStep; ++r) out[j * ldo + i + r] = i + r < rows ? in[(i + r) * ld + j] : T(0);
   }
 }
 
@@ -184,7 +200,7 @@ void mirror(T* a, int64_t ld, int64_t first, int64_t row_end, int64_t n) {
       for (int64_t j = i + 1; j < std::min(n, i0 + kStep); ++j) a[j * ld + i] = a[i * ld + j];
     int64_t j = i0 + kStep;
     if (i1 - i0 == kStep)
-      for (; j + kStep <= n; j += kStep) transpose_eight(a + i0 * ld + j, ld, a + j * ld + i0);
+      for (; j + kStep <= n; j += kStep) transpose_eight(a + i0 * ld + j, ld, a + j * ld + i0, ld);
     for (; j < n; ++j)
       for (int64_t i = i0; i < i1; ++i) a[j * ld + i] = a[i * ld + j];
   }

@@ -1,0 +1,193 @@
+"""16-bit products on the CPU: their accuracy where they are hard, and the choice between them.
+
+``DSE_EXT_INT16`` is read once a process, so both settings run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from features import normal, orthogonal
+from parity import FLAT_GRADIENT, SHORT_PRODUCTS, relative_error
+from torch import Tensor
+
+import dse_ext
+
+TESTS = Path(__file__).resolve().parent
+# What float32 leaves of the same gradients, with a margin.
+NARROW_GRADIENT = 1e-4
+
+
+def run(arguments: list[str], setting: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "DSE_EXT_INT16": setting},
+        cwd=TESTS,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+# --- features -----------------------------------------------------------------------------------
+
+
+def flat(b: int, n: int, d: int) -> Tensor:
+    return normal(b, n, d, seed=1)
+
+
+def offset(b: int, n: int, d: int) -> Tensor:
+    """One direction outweighs all others: inner products are as large as steps allow for."""
+    return normal(b, n, d, seed=2) + 3.0 * normal(d, seed=3)
+
+
+def outlier_features(b: int, n: int, d: int) -> Tensor:
+    """Two features are 30 times as large as the others, and two 30 times as small."""
+    x = normal(b, n, d, seed=4)
+    x[..., [0, d // 2]] *= 30.0
+    x[..., [1, d - 1]] /= 30.0
+    return x
+
+
+def outlier_rows(b: int, n: int, d: int) -> Tensor:
+    """Every ninth row has a single large feature."""
+    x = normal(b, n, d, seed=5)
+    x.view(-1, d)[::9, 7] += 40.0 * d**0.5
+    return x
+
+
+def decaying(b: int, n: int, d: int) -> Tensor:
+    """Along the axes of a rotation, unlike the features."""
+    spectrum = torch.arange(1, d + 1, dtype=torch.float64) ** -0.5
+    return (normal(b, n, d, seed=6) * spectrum) @ orthogonal(d, seed=7)
+
+
+def dead_feature(b: int, n: int, d: int) -> Tensor:
+    x = normal(b, n, d, seed=8)
+    x[..., 3] = 0.0
+    return x
+
+
+CLOUDS = {
+    f.__name__: f for f in (flat, offset, outlier_features, outlier_rows, decaying, dead_feature)
+}
+# (B, N, d), clusters an image: odd numbers of rows, positions and features; sides that are no
+# multiples of panels; more features than one block of depth; clusters of more rows than features,
+# of fewer, and of as many.
+CASES = {
+    "odd": ((3, 301, 193), 1),
+    "panels": ((4, 500, 392), 1),
+    "deep": ((5, 500, 1000), 1),
+    "tall": ((2, 700, 176), 2),
+    "square": ((2, 576, 192), 3),
+}
+
+
+def gradients(z: Tensor, labels: Tensor, k: int) -> list[tuple[float, float]]:
+    """Relative error of the value and of the gradient: of the rank, then of the radii."""
+    found = []
+    for x in (z.clone().requires_grad_(), z.double().requires_grad_()):
+        parts = dse_ext.dse_components(
+            x, local_clusters=k, global_clusters=k, local_labels=labels, global_labels=labels
+        )
+        values = (parts.m_dim, parts.m_intra_image + parts.m_intra_batch)
+        found.append([(v, *torch.autograd.grad(v, x, retain_graph=True)) for v in values])
+    return [
+        (relative_error(ours[0], theirs[0]), relative_error(ours[1], theirs[1]))
+        for ours, theirs in zip(*found, strict=True)
+    ]
+
+
+def measure() -> dict[str, list[tuple[float, float]]]:
+    """Errors of every case, as `main` prints them."""
+    errors = {}
+    for case, (shape, k) in CASES.items():
+        labels = (torch.arange(shape[1]) % k).expand(shape[:2])
+        for name, cloud in CLOUDS.items():
+            errors[f"{case} {name}"] = gradients(cloud(*shape).float(), labels, k)
+    return errors
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, dict[str, list[tuple[float, float]]]]:
+    found = {}
+    for setting in ("always", "never"):
+        result = run([__file__], setting)
+        assert result.returncode == 0, result.stderr
+        found[setting] = json.loads(result.stdout)
+    return found
+
+
+@pytest.mark.parametrize("cloud", list(CLOUDS))
+@pytest.mark.parametrize("case", list(CASES))
+def test_accuracy(
+    case: str, cloud: str, errors: dict[str, dict[str, list[tuple[float, float]]]]
+) -> None:
+    for setting, limit in (("always", 6e-4), ("never", 3e-4)):
+        for value, gradient in errors[setting][f"{case} {cloud}"]:
+            assert value <= 1e-6, setting
+            assert gradient <= limit, setting
+
+
+def test_flat_spectra_use_them(
+    errors: dict[str, dict[str, list[tuple[float, float]]]],
+) -> None:
+    """Of rank and of clusters: where nothing stands against them, and only where they are wanted."""
+    for case in ("panels", "deep"):
+        (_, rank), _ = errors["always"][f"{case} flat"]
+        (_, narrow_rank), _ = errors["never"][f"{case} flat"]
+        assert narrow_rank < 3e-5 < rank
+    (_, clusters) = errors["always"]["tall flat"][1]
+    (_, narrow_clusters) = errors["never"]["tall flat"][1]
+    assert narrow_clusters < 3e-5 < clusters
+
+
+def test_suites_with_the_other_products() -> None:
+    """The tests of spectra, in the setting that they do not run in otherwise."""
+    files = ["test_narrow_spectra.py", "test_large_spectra.py", "test_precision.py"]
+    setting = "never" if SHORT_PRODUCTS else "always"
+    result = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files], setting)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "passed" in result.stdout
+
+
+def test_settings_that_are_none_are_refused() -> None:
+    result = run(["-c", "import dse_ext"], "sometimes")
+    assert result.returncode != 0
+    assert "DSE_EXT_INT16 is 'sometimes'; accepted are auto, never, always." in result.stderr
+
+
+@pytest.mark.parametrize("setting", ["always", "never"])
+def test_info_says_which(setting: str) -> None:
+    program = "from dse_ext import info; print(info.collect()['cpu']['kernels'])"
+    result = run(["-c", program], setting)
+    assert ("16-bit products" in result.stdout) == (setting == "always")
+
+
+def test_threads_do_not_change_results() -> None:
+    z = flat(4, 300, 384).float()
+    labels = (torch.arange(300) % 1).expand(4, 300)
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        x = z.clone().requires_grad_()
+        parts = dse_ext.dse_components(
+            x, local_clusters=1, global_clusters=1, local_labels=labels, global_labels=labels
+        )
+        value = parts.m_dim + parts.m_intra_image
+        found.append((value.detach(), *torch.autograd.grad(value, x)))
+    torch.set_num_threads(before)
+    for value, gradient in found[1:]:
+        assert torch.equal(value, found[0][0])
+        assert torch.equal(gradient, found[0][1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))
