@@ -35,9 +35,7 @@ def _load() -> None:
         raise ImportError(f"dse_ext needs torch >= 2.11, found torch {torch.__version__}.")
     wish = os.environ.get("DSE_EXT_INT16", "auto")
     if wish not in INT16_CHOICES:
-        raise ImportError(
-            f"DSE_EXT_INT16 is {wish!r}; accepted are {', '.join(INT16_CHOICES)}."
-        )
+        raise ImportError(f"DSE_EXT_INT16 is {wish!r}; accepted are {', '.join(INT16_CHOICES)}.")
     path = _HERE / "_ops.so"
     if not path.exists():
         raise ImportError(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from features import normal, orthogonal
-from parity import FLAT_GRADIENT, SHORT_PRODUCTS, relative_error
+from parity import SHORT_PRODUCTS, relative_error
 from torch import Tensor
 
 import dse_ext
@@ -138,7 +138,7 @@ def test_accuracy(
 def test_flat_spectra_use_them(
     errors: dict[str, dict[str, list[tuple[float, float]]]],
 ) -> None:
-    """Of rank and of clusters: where nothing stands against them, and only where they are wanted."""
+    """Of rank and of clusters, and only where they are wanted."""
     for case in ("panels", "deep"):
         (_, rank), _ = errors["always"][f"{case} flat"]
         (_, narrow_rank), _ = errors["never"][f"{case} flat"]
@@ -152,7 +152,9 @@ def test_suites_with_the_other_products() -> None:
     """The tests of spectra, in the setting that they do not run in otherwise."""
     files = ["test_narrow_spectra.py", "test_large_spectra.py", "test_precision.py"]
     setting = "never" if SHORT_PRODUCTS else "always"
-    result = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files], setting)
+    result = run(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files], setting
+    )
     assert result.returncode == 0, result.stdout[-3000:]
     assert "passed" in result.stdout
 
