@@ -40,40 +40,48 @@ void cut_noise(double* sigma, int64_t m, int64_t n, int64_t d, double floor) {
     if (!(sigma[i] > cut)) sigma[i] = 0.0;
 }
 
-bool gradient_functions(SpectralKind kind, Part* parts, int64_t count, double value, const double* sigma,
-                        const double* weight, int64_t m, double error) {
-  InverseRootAndLog both[2];
-  double root = 0.0, log = 0.0, sum = 0.0, most = 0.0;
+Part Part::of(const double* values, int64_t count) {
+  const auto sum_times = [values, count](const ShiftedInverses& function) {
+    double total = 0.0;
+    for (int64_t i = 0; i < count; ++i) total += values[i] * function.at(values[i]);
+    return total;
+  };
+  return {values[0], values[count - 1], sum_times, {}};
+}
+
+SingularSums SingularSums::of(const double* sigma, const double* weight, int64_t m) {
+  SingularSums sums;
   for (int64_t i = 0; i < m; ++i) {
-    sum += sigma[i];
-    most = std::max(most, std::abs(weight[i]));
+    sums.sum += sigma[i];
+    sums.most_weight = std::max(sums.most_weight, std::abs(weight[i]));
   }
-  const double centre = std::sqrt(parts[0].values[0]) * std::sqrt(parts[0].values[parts[0].count - 1]);
-  if (kind == SpectralKind::kEffectiveRank) {
-    // Near its maximum, where all singular values are equal, the effective rank has next to no gradient, and an
-    // error is relative to that.
-    const double bracket = most * sum / value;
-    if (!(bracket > 4.0 * kEps)) return false;
-    error = std::max(error * std::min(bracket, 1.0), 4.0 * kEps);
+  return sums;
+}
+
+bool gradient_functions(SpectralKind kind, Part* parts, int64_t count, double value, const SingularSums& sums,
+                        double error) {
+  if (kind == SpectralKind::kNuclearNorm) {
+    for (int64_t p = 0; p < count; ++p)
+      parts[p].function = inverse_square_root(parts[p].smallest, parts[p].largest, error);
+    return true;
   }
+  // Near its maximum, where all singular values are equal, the effective rank has next to no gradient, and an
+  // error is relative to that.
+  const double bracket = sums.most_weight * sums.sum / value;
+  if (!(bracket > 4.0 * kEps)) return false;
+  error = std::max(error * std::min(bracket, 1.0), 4.0 * kEps);
+  const double centre = std::sqrt(parts[0].smallest) * std::sqrt(parts[0].largest);
+  InverseRootAndLog both[2];
+  double root = 0.0, log = 0.0;
   for (int64_t p = 0; p < count; ++p) {
-    Part& part = parts[p];
-    const double smallest = part.values[0], largest = part.values[part.count - 1];
-    if (kind == SpectralKind::kNuclearNorm) {
-      part.function = inverse_square_root(smallest, largest, error);
-      continue;
-    }
-    both[p] = inverse_square_root_and_log(smallest, largest, centre, error);
-    for (int64_t i = 0; i < part.count; ++i) {
-      root += part.values[i] * both[p].root.at(part.values[i]);
-      log += part.values[i] * both[p].log.at(part.values[i]);
-    }
+    both[p] = inverse_square_root_and_log(parts[p].smallest, parts[p].largest, centre, error);
+    root += parts[p].sum_times(both[p].root);
+    log += parts[p].sum_times(both[p].log);
   }
-  if (kind == SpectralKind::kNuclearNorm) return true;
   // w = -(F / S) (log s - log S + log F), log s = log(lambda) / 2. The second factor's constant makes sum w s
   // vanish: the effective rank does not depend on the features' scale. Taken from the sums as they are, not from
   // their limits, it makes that exact.
-  const double unit = -0.5 * value / sum, constant = -log / root;
+  const double unit = -0.5 * value / sums.sum, constant = -log / root;
   for (int64_t p = 0; p < count; ++p) {
     parts[p].function = both[p].log;
     for (size_t s = 0; s < both[p].root.weight.size(); ++s) {

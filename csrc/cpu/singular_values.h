@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "common/spectral.h"
 #include "cpu/shifts.h"
@@ -33,17 +34,27 @@ bool is_steep(const double* values, int64_t m, int64_t structural_null, double f
 // Zeroes singular values (any order) that are rounding of the decomposition.
 void cut_noise(double* sigma, int64_t m, int64_t n, int64_t d, double floor);
 
-// Eigenvalues of a Gram matrix, or of the part of one that a small matrix stands for.
+// The eigenvalues of a Gram matrix, or of the part of one that a small matrix stands for.
 struct Part {
-  const double* values;
-  int64_t count;
-  ShiftedInverses function;  // out: V diag(w / s) V^T as a function of the matrix
+  double smallest, largest;
+  std::function<double(const ShiftedInverses&)> sum_times;  // the sum of lambda f(lambda)
+  ShiftedInverses function;                                 // out: V diag(w / s) V^T as a function of the matrix
+
+  // Of `count` eigenvalues, ascending.
+  static Part of(const double* values, int64_t count);
 };
 
-// The gradient's functions of all parts together, w the weights of spectral_value_and_weights for m singular
-// values. Returns whether there is any gradient.
-bool gradient_functions(SpectralKind kind, Part* parts, int64_t count, double value, const double* sigma,
-                        const double* weight, int64_t m, double error);
+// The sum of singular values and the largest magnitude of their weights.
+struct SingularSums {
+  double sum = 0.0, most_weight = 0.0;
+
+  static SingularSums of(const double* sigma, const double* weight, int64_t m);
+};
+
+// The gradient's functions of all parts together, of spectral_value_and_weights. Returns whether there is any
+// gradient.
+bool gradient_functions(SpectralKind kind, Part* parts, int64_t count, double value, const SingularSums& sums,
+                        double error);
 
 // What results lose to float32, relative to themselves.
 struct NarrowLoss {

@@ -448,8 +448,9 @@ Outcome evaluate(const RowSet& set, SpectralKind kind, const Spectrum& s, Spectr
   if (is_steep(s.values, s.m, s.null, s.floor, steep_ratio<T>()) || sigma[s.null] == 0.0)
     return narrow ? Outcome::kInaccurate : Outcome::kSteep;
   if (!wants_gradient && !narrow) return Outcome::kDone;
-  Part part{s.values + s.null, s.m - s.null, {}};
-  if (!gradient_functions(kind, &part, 1, target.value, sigma, weight, s.m, function_error<T>()))
+  Part part = Part::of(s.values + s.null, s.m - s.null);
+  if (!gradient_functions(kind, &part, 1, target.value, SingularSums::of(sigma, weight, s.m),
+                          function_error<T>()))
     return no_gradient();
   function = std::move(part.function);
   if (sizeof(T) == 8) return Outcome::kFunction;

@@ -91,28 +91,21 @@ void StreamedRank::reduce(bool exact) {
 void StreamedRank::find_eigenvalues() {
   DSE_STAGE("rank: tridiagonal form, eigenvalues");
   accurate_ = true;
+  traced_.reset();
   if (!finite_ || m_ <= kLanesMaxSide) return;
+  const double error = gram_error_ + large_.error();
+  if (error > 0.0) {
+    if (null_ == 0) traced_ = rank_by_traces(large_, error, row_error_, floor_, iterated_);
+    accurate_ = traced_ && traced_->loss.is_small() && traced_->loss.rows < kShortLoss;
+    // At its maximum there is no gradient to be accurate about.
+    if (traced_ && traced_->function.shift.empty()) accurate_ = false;
+    return;
+  }
   double* values = spectrum_.data();
   const double* diagonal = large_.diagonal();
   const double* couplings = large_.couplings();
   converged_ = tridiagonal_eigenvalues(1, &diagonal, &couplings, &m_, &values, iterated_);
   for (int64_t i = 0; i < m_; ++i) values[i] /= large_.scale();
-  const double error = gram_error_ + large_.error();
-  if (error == 0.0) return;
-  accurate_ = false;
-  if (!converged_ || !(values[0] > error)) return;
-  double* sigma = values + m_;
-  double* weight = sigma + m_;
-  eigenvalues_to_sigma(values, m_, 0, floor_, sigma);
-  const double value = spectral_value_and_weights(SpectralKind::kEffectiveRank, sigma, m_, weight);
-  Part part{values, m_, {}};
-  // At its maximum there is no gradient to be accurate about.
-  if (!(sigma[0] > 0.0) || !gradient_functions(SpectralKind::kEffectiveRank, &part, 1, value, sigma, weight, m_,
-                                               function_error<float>())) {
-    return;
-  }
-  const NarrowLoss loss = narrow_loss(values, sigma, weight, 0, 0, m_, value, part.function, error, row_error_);
-  accurate_ = loss.is_small() && loss.rows < kShortLoss;
 }
 
 void StreamedRank::start_again() {
@@ -140,6 +133,10 @@ double StreamedRank::finish(bool exact, double* gradient, RankForm* form) {
     if (gradient != nullptr) std::fill_n(gradient, m_ * m_, nan);
     return nan;
   }
+  if (traced_) {
+    if (gradient != nullptr) apply_narrow(traced_->function, traced_->loss, gradient, form);
+    return traced_->value;
+  }
   double* values = spectrum_.data();
   double* sigma = values + m_;
   double* weight = sigma + m_;
@@ -163,8 +160,8 @@ double StreamedRank::finish(bool exact, double* gradient, RankForm* form) {
     return exact || !converged_ ? value : result;
   }
   if (gradient == nullptr) return result;
-  Part part{values + null_, m_ - null_, {}};
-  if (!gradient_functions(SpectralKind::kEffectiveRank, &part, 1, result, sigma, weight, m_,
+  Part part = Part::of(values + null_, m_ - null_);
+  if (!gradient_functions(SpectralKind::kEffectiveRank, &part, 1, result, SingularSums::of(sigma, weight, m_),
                           exact ? function_error<double>() : function_error<float>())) {
     std::fill_n(gradient, m_ * m_, 0.0);
     return result;
@@ -172,25 +169,32 @@ double StreamedRank::finish(bool exact, double* gradient, RankForm* form) {
   if (m_ <= kLanesMaxSide) {
     const ShiftedInverses* functions = &part.function;
     small_.apply(&functions, &gram, &ldg);
-  } else if (!exact) {
-    const NarrowLoss loss =
-        narrow_loss(values, sigma, weight, null_, 0, m_, result, part.function, large_.error());
-    form->short_products =
-        uses_short_products() && set_.x->unit_rows && kShortRounding * loss.amplification < kShortLoss;
-    if (loss.is_small()) {
-      double unit = 1.0;
-      float* narrow = large_.apply_narrow(part.function, &unit);
-      if (set_.center && set_.n <= set_.x->dim) centre_both_ways(narrow, m_, ldg);
-      store_matrix(narrow, m_, m_, ldg, gradient, unit);
-      return result;
-    }
-    large_.apply(part.function, gram);
   } else {
+    if (!exact) {
+      const NarrowLoss loss =
+          narrow_loss(values, sigma, weight, null_, 0, m_, result, part.function, large_.error());
+      if (loss.is_small()) {
+        apply_narrow(part.function, loss, gradient, form);
+        return result;
+      }
+    }
     large_.apply(part.function, gram);
   }
   if (set_.center && set_.n <= set_.x->dim) centre_both_ways(gram, m_, ldg);
   store_matrix(gram, m_, m_, ldg, gradient);
   return result;
+}
+
+void StreamedRank::apply_narrow(const ShiftedInverses& function, const NarrowLoss& loss, double* gradient,
+                                RankForm* form) {
+  const int64_t ldg = stream_ld(m_);
+  double unit = 1.0;
+  float* matrix = large_.apply_narrow(function, &unit);
+  if (set_.center && set_.n <= set_.x->dim) centre_both_ways(matrix, m_, ldg);
+  for_each_task(m_, 16 * m_ * m_,
+                [&](int64_t i, int64_t) { store_matrix(matrix + i * ldg, 1, m_, ldg, gradient + i * m_, unit); });
+  form->short_products =
+      uses_short_products() && set_.x->unit_rows && kShortRounding * loss.amplification < kShortLoss;
 }
 
 // Where only a few eigenvalues are out of the Gram matrix's reach and well below the others, as behind a layer
@@ -231,8 +235,9 @@ std::optional<double> StreamedRank::finish_in_two_parts(bool exact, double* grad
   if (!vanishes) *form = {true, few};
   if (gradient == nullptr) return value;
 
-  Part parts[2]{{values + few, m - few, {}}, {part_values, few, {}}};
-  if (!gradient_functions(SpectralKind::kEffectiveRank, parts, vanishes ? 1 : 2, value, sigma, weight, m,
+  Part parts[2]{Part::of(values + few, m - few), Part::of(part_values, few)};
+  if (!gradient_functions(SpectralKind::kEffectiveRank, parts, vanishes ? 1 : 2, value,
+                          SingularSums::of(sigma, weight, m),
                           exact ? function_error<double>() : function_error<float>())) {
     std::fill_n(gradient, m * m, 0.0);
     return value;

@@ -7,6 +7,7 @@
 
 #include "cpu/gather.h"
 #include "cpu/parallel.h"
+#include "cpu/rank_traces.h"
 #include "cpu/tridiagonal.h"
 #include "cpu/tridiagonal_lanes.h"
 
@@ -55,6 +56,7 @@ class StreamedRank {
   void fill_gram(Products products);
   void start_again();
   double finish_exactly(double* gradient);
+  void apply_narrow(const ShiftedInverses& function, const NarrowLoss& loss, double* gradient, RankForm* form);
   std::optional<double> finish_in_two_parts(bool exact, double* gradient, RankForm* form);
 
   RowSet set_;
@@ -64,10 +66,11 @@ class StreamedRank {
   bool converged_ = true;
   bool accurate_ = true;  // float32 was enough, or had no part in it
   Products products_ = Products::kWide;
-  double gram_error_ = 0.0;  // of float32 products, about
-  double row_error_ = 0.0;   // of the rows' entries, in 16-bit products
-  Buffer<double> gram_;      // m x stream_ld(m)
-  Buffer<double> spectrum_;  // eigenvalues, singular values, weights
+  double gram_error_ = 0.0;           // of float32 products, about
+  double row_error_ = 0.0;            // of the rows' entries, in 16-bit products
+  std::optional<TracedRank> traced_;  // in place of eigenvalues
+  Buffer<double> gram_;               // m x stream_ld(m)
+  Buffer<double> spectrum_;           // eigenvalues, singular values, weights
   Buffer<double> iterated_, scaled_, factors_;
   TridiagonalLanes<double> small_;  // sides up to kLanesMaxSide
   Tridiagonal large_;               // and above

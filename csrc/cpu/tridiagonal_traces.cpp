@@ -15,6 +15,9 @@ namespace {
 
 constexpr int64_t kPoints = 8;
 
+// What a pivot that vanishes is taken for.
+double least_pivot(double largest) { return std::max(largest * 1e-200, std::numeric_limits<double>::min()); }
+
 void count_below(int64_t n, const double* diagonal, const double* couplings, double least, const double* at,
                  double* below) {
   DSE_CALL_BY_ISA(count_below, n, diagonal, couplings, least, at, below);
@@ -36,9 +39,19 @@ double largest_bound(const double* diagonal, const double* couplings, int64_t be
   return most;
 }
 
+void eigenvalues_below(int64_t n, const double* diagonal, const double* couplings, double largest, int64_t count,
+                       const double* at, double* below) {
+  for (int64_t s = 0; s < count; s += kPoints) {
+    double some[kPoints], counts[kPoints];
+    for (int64_t i = 0; i < kPoints; ++i) some[i] = at[std::min(count - 1, s + i)];
+    count_below(n, diagonal, couplings, least_pivot(largest), some, counts);
+    std::copy_n(counts, std::min(kPoints, count - s), below + s);
+  }
+}
+
 double smallest_eigenvalue(int64_t n, const double* diagonal, const double* couplings, double largest) {
   constexpr double kRange = 1e-12, kClose = 1.05;
-  const double least = std::max(largest * 1e-200, std::numeric_limits<double>::min());
+  const double least = least_pivot(largest);
   // Nine sections of equal ratios at a time.
   double low = kRange * largest, high = largest;
   while (high > kClose * low) {

@@ -17,6 +17,10 @@ double largest_bound(const double* diagonal, const double* couplings, int64_t be
 // of them.
 double smallest_eigenvalue(int64_t n, const double* diagonal, const double* couplings, double largest);
 
+// below[i] = the number of eigenvalues less than at[i], for `count` numbers; `largest` as above.
+void eigenvalues_below(int64_t n, const double* diagonal, const double* couplings, double largest, int64_t count,
+                       const double* at, double* below);
+
 // out[s] = tr (T + shift[s])^-1 for `count` shifts; all of these matrices are positive definite.
 void inverse_traces(int64_t n, const double* diagonal, const double* couplings, int64_t count,
                     const double* shift, double* out, Buffer<double>& work);
