@@ -54,6 +54,14 @@ DSE_HOST_DEVICE inline bool divides_by_avg_norm(Variant variant) { return varian
 inline constexpr double kNormFloor = 1e-12;
 
 // What a saved_* slot holds for one matrix, see common/spectral.h.
-enum class SavedForm : int64_t { kNone = 0, kGramSide = 1, kPolar = 2, kRoundedGramSide = 3 };
+enum class SavedForm : int64_t {
+  kNone = 0,
+  kGramSide = 1,
+  kPolar = 2,
+  // kGramSide on the CPU: for a product with the rows as their 16-bit rounding has them; in 16 bits; and both.
+  kRoundedGramSide = 3,
+  kShortGramSide = 4,
+  kRoundedShortGramSide = 5
+};
 
 }  // namespace dse

@@ -1,6 +1,7 @@
 #include "cpu/clusters.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace dse::cpu {
 
@@ -80,6 +81,40 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
   });
 }
 
+namespace {
+
+// add_cluster_gradient() in 16-bit products, with the centred rows in ws.rows. The diagonal of the slot's matrix
+// is apart: it would set the steps.
+void add_short_gradient(const ClusterGradientItem<float>& item, int64_t d, float weight,
+                        ClusterGradientWorkspace<float>& ws) {
+  const int64_t n = item.n, side = std::min(n, d);
+  const float* rows = ws.rows.data();
+  float* matrix = ws.turned.reserve(side * side + side);
+  float* diagonal = matrix + side * side;
+  std::copy_n(item.slot, side * side, matrix);
+  for (int64_t i = 0; i < side; ++i) diagonal[i] = std::exchange(matrix[i * side + i], 0.0f);
+  ShortMatrix& left = ws.short_left;
+  ShortMatrix& right = ws.short_right;
+  left.reserve(side, n, n);
+  right.reserve(side, d, kShortPanel);
+  if (n <= d) {  // W X; W is symmetric
+    for (int64_t i = 0; i < n; ++i)
+      axpy(weight * diagonal[i], rows + i * d, ws.targets[static_cast<size_t>(i)], d);
+    left.set_columns(0, n, matrix, n);
+    for (int64_t f = 0; f < d; f += kShortPanel) right.set_panel(f, rows, d);
+  } else {  // X W
+    for (int64_t i = 0; i < n; ++i)
+      add_products(weight, diagonal, rows + i * d, ws.targets[static_cast<size_t>(i)], d);
+    left.set_columns(0, n, rows, d);
+    for (int64_t f = 0; f < d; f += kShortPanel)
+      right.set_columns(f, std::min(kShortPanel, d - f), matrix + f * d, d);
+    right.clear_columns(d, (d + kShortPanel - 1) / kShortPanel * kShortPanel - d);
+  }
+  accumulate_product(left, n, right, weight, ws.targets.data());
+}
+
+}  // namespace
+
 template <typename T>
 void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item, int64_t first_row,
                           T* accumulator, ClusterGradientWorkspace<T>& ws) {
@@ -97,14 +132,24 @@ void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item,
   }
   ws.targets.resize(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) ws.targets[static_cast<size_t>(i)] = target(i);
+  const bool is_short = item.form == SavedForm::kShortGramSide || item.form == SavedForm::kRoundedShortGramSide;
+  const bool is_rounded =
+      item.form == SavedForm::kRoundedGramSide || item.form == SavedForm::kRoundedShortGramSide;
   const auto gather = [&] {
     T* rows = ws.rows.reserve(n * d);
     gather_rows({&x, item.rows, 0, n, true}, rows, d);
     if constexpr (sizeof(T) == 4)
-      if (item.form == SavedForm::kRoundedGramSide) round_as_short(rows, n, d, n <= d);
+      if (is_rounded) round_as_short(rows, n, d, n <= d);
     return rows;
   };
-  if (n <= d && item.form == SavedForm::kRoundedGramSide) {
+  if constexpr (sizeof(T) == 4) {
+    if (is_short) {
+      gather();
+      add_short_gradient(item, d, weight, ws);
+      return;
+    }
+  }
+  if (n <= d && is_rounded) {
     const T* rows = gather();
     ws.right.reserve(n, d);
     for (int64_t i = 0; i < n; ++i) ws.right.set_row(i, rows + i * d);

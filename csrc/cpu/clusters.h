@@ -8,6 +8,7 @@
 #include "common/cluster_index.h"
 #include "cpu/features.h"
 #include "cpu/products.h"
+#include "cpu/short_products.h"
 #include "cpu/spectrum.h"
 
 namespace dse::cpu {
@@ -63,6 +64,7 @@ struct ClusterGradientWorkspace {
   Buffer<T> rows;
   Buffer<T> turned;
   PanelMatrix<T> right;
+  ShortMatrix short_left, short_right;
   std::vector<T*> targets;
 };
 

@@ -260,8 +260,8 @@ class Backward {
         for (int64_t i = 0; i < count; ++i) {
           float* target = accumulator + (set.index(begin + i0 + i) - first_row) * padded(d);
           targets[static_cast<size_t>(i0 + i)] = target;
-          for (int64_t f = 0; f < d; ++f) target[f] += diagonal[f] * some[i * d + f];
-          for (int64_t f = 0; f < d; ++f) some[i * d + f] *= size[d + f];
+          add_products(1.0f, diagonal.data(), some + i * d, target, d);
+          multiply(size + d, some + i * d, d);
         }
         left.set_columns(i0, count, some, d);
       }

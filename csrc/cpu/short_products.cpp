@@ -105,6 +105,16 @@ void ShortMatrix::set_columns(int64_t first, int64_t count, const float* values,
   }
 }
 
+void ShortMatrix::set_panel(int64_t first, const float* values, int64_t ld) {
+  const int64_t width = std::min(panel_, columns_ - first);
+  float* rows = rows_.reserve(depth_ * panel_);
+  for (int64_t r = 0; r < depth_; ++r) {
+    std::copy_n(values + r * ld + first, width, rows + r * panel_);
+    std::fill(rows + r * panel_ + width, rows + (r + 1) * panel_, 0.0f);
+  }
+  quantize_columns(rows, depth_, at(first), step_.data() + first);
+}
+
 void ShortMatrix::clear_columns(int64_t first, int64_t count) {
   std::fill_n(step_.data() + first, count, 0.0f);
   for (int64_t c = first; c < first + count; ++c)

@@ -58,6 +58,8 @@ class ShortMatrix {
   // Sets columns first, ..., first + count - 1 of one panel; the elements of each are a row of `values` (leading
   // dimension ld).
   void set_columns(int64_t first, int64_t count, const float* values, int64_t ld);
+  // Sets the panel of columns from `first` on, of which row r of `values` has the r-th elements.
+  void set_panel(int64_t first, const float* values, int64_t ld);
   // Zeroes columns, by which the last panel is wider than the matrix.
   void clear_columns(int64_t first, int64_t count);
 
@@ -70,7 +72,7 @@ class ShortMatrix {
   ShortPair* at(int64_t first) { return data_.data() + offset(first); }
 
   Buffer<ShortPair> data_;
-  Buffer<float> step_;
+  Buffer<float> step_, rows_;
   int64_t depth_ = 0, columns_ = 0, panel_ = 1;
 };
 

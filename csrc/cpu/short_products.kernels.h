@@ -100,7 +100,6 @@ void quantize_columns(const float* panel, int64_t rows, ShortPair* out, float* s
   }
 }
 
-// max |x| and the sum of (unit * x)^2 of a run.
 DSE_INLINE float largest_of(const float* x, int64_t n) {
   constexpr int64_t kLanes = 16;  // side by side
   float part[kLanes] = {}, most = 0.0f;
@@ -111,25 +110,44 @@ DSE_INLINE float largest_of(const float* x, int64_t n) {
   for (const float own : part) most = std::max(most, own);
   return most;
 }
-DSE_INLINE float squares_of(const float* x, int64_t n, float unit) {
-  constexpr int64_t kLanes = 16;
-  float part[kLanes] = {};
+
+// The largest sum of (unit * x)^2 over a run.
+DSE_INLINE float largest_squares(const float* x, int64_t n, float unit) {
+  constexpr int64_t kLanes = 4;
+  using V = Vec<float, kLanes * sizeof(float)>;
+  constexpr int64_t kVectors = kShortRun / kLanes;
+  const auto squares = [&](int64_t i) {  // of a whole run, four sums side by side
+    V sum = {};
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const V own = *reinterpret_cast<const V*>(x + i + v * kLanes) * unit;
+      sum += own * own;
+    }
+    return sum;
+  };
+  V most = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int64_t l = 0; l < kLanes; ++l) part[l] += x[i + l] * unit * (x[i + l] * unit);
-  for (; i < n; ++i) part[0] += x[i] * unit * (x[i] * unit);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2)
-    for (int64_t l = 0; l < width; ++l) part[l] += part[l + width];
-  return part[0];
+  for (; i + kLanes * kShortRun <= n; i += kLanes * kShortRun) {
+    const V a = squares(i), b = squares(i + kShortRun), c = squares(i + 2 * kShortRun),
+            d = squares(i + 3 * kShortRun);
+    // One run a lane.
+    const V ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const V cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    const V all = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    most = all > most ? all : most;
+  }
+  float largest = std::max(std::max(most[0], most[1]), std::max(most[2], most[3]));
+  for (; i < n; i += kShortRun) {
+    float sum = 0.0f;
+    for (int64_t j = i; j < std::min(n, i + kShortRun); ++j) sum += x[j] * unit * (x[j] * unit);
+    largest = std::max(largest, sum);
+  }
+  return largest;
 }
 
 // One vector, contiguous, to n int16.
 void quantize_vector(const float* values, int64_t n, int16_t* out, float* step) {
   const float most = largest_of(values, n), unit = most > kLeastMost ? 1.0f / most : 0.0f;
-  float squares = 0.0f;
-  for (int64_t i = 0; i < n; i += kShortRun)
-    squares = std::max(squares, squares_of(values + i, std::min(kShortRun, n - i), unit));
-  const float inverse = inverse_step(most, squares);
+  const float inverse = inverse_step(most, largest_squares(values, n, unit));
   *step = inverse > 0.0f ? 1.0f / inverse : 0.0f;
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int16_t>(to_integer(values[i] * inverse));
 }

@@ -159,6 +159,18 @@ DSE_MULTIVERSION void axpy(double alpha, const double* x, double* y, int64_t n) 
   for (int64_t i = 0; i < n; ++i) y[i] += alpha * x[i];
 }
 
+DSE_MULTIVERSION void axpy(float alpha, const float* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] += alpha * x[i];
+}
+
+DSE_MULTIVERSION void add_products(float alpha, const float* a, const float* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] += alpha * a[i] * x[i];
+}
+
+DSE_MULTIVERSION void multiply(const float* a, float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= a[i];
+}
+
 DSE_MULTIVERSION void subtract(const double* y, double* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] -= y[i];
 }

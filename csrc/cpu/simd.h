@@ -33,6 +33,10 @@ void store_run(DType dtype, const double* src, int64_t n, void* dst);
 double sum_of_squares(const double* x, int64_t n);
 double dot(const double* a, const double* b, int64_t n);
 void axpy(double alpha, const double* x, double* y, int64_t n);
+void axpy(float alpha, const float* x, float* y, int64_t n);
+// y += alpha * a * x and x *= a, entry by entry.
+void add_products(float alpha, const float* a, const float* x, float* y, int64_t n);
+void multiply(const float* a, float* x, int64_t n);
 
 // x -= y; sum += x.
 void subtract(const double* y, double* x, int64_t n);

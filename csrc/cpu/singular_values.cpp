@@ -153,8 +153,9 @@ NarrowLoss nuclear_norm_loss(const PowerSums& sums, int64_t longer, double error
   loss.rows = row_error * std::sqrt(sums.inverses);
   loss.same_rows = row_error * std::sqrt(0.5 * sums.inverse_roots * sums.inverse_roots / count +
                                          (static_cast<double>(longer) - count) * inverse);
-  loss.amplification = std::sqrt(inverse * sums.eigenvalues / count);
-  loss.rounding = kWayBack * kNarrowEps * loss.amplification;
+  const double mean_square = sums.eigenvalues / count, mean = sums.inverse_roots / count;
+  loss.rounding = kWayBack * kNarrowEps * std::sqrt(inverse * mean_square);
+  loss.amplification = std::sqrt(std::max(inverse - mean * mean, 0.0) * mean_square);
   return loss;
 }
 

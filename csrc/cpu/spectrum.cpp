@@ -32,7 +32,7 @@ namespace {
 // diagonal: products of two rows err with the lengths of both.
 constexpr double kProducts = 4e-8;
 // The same of sums of 16-bit products, which are exact over kShortRun of them and float32 over kShortRows.
-constexpr double kShortSums = 4e-9;
+constexpr double kShortSums = 2e-9;
 constexpr double kNarrowEps = std::numeric_limits<float>::epsilon();
 
 // One matrix on its way through spectral_functions.
@@ -499,10 +499,14 @@ Outcome evaluate_by_traces(const RowSet& set, const Spectrum& s, const Tridiagon
     sums.inverses -= 1.0 / s.lifted;
   }
   const NarrowLoss loss = nuclear_norm_loss(sums, std::max(set.n, set.x->dim), s.error, s.row_error);
-  const bool keeps_rows = loss.rows < 0.5 * kShortLoss;
-  if (!loss.is_small() || !(keeps_rows || loss.same_rows < kShortLoss)) return Outcome::kInaccurate;
+  const bool rounds = loss.same_rows < loss.rows;
+  const double rows = rounds ? loss.same_rows : loss.rows;
+  if (!loss.is_small() || !(rows < kShortLoss)) return Outcome::kInaccurate;
+  // The product's errors in 16 bits are independent of those.
+  const bool is_short = s.row_error > 0.0 && std::hypot(rows, kShortRounding * loss.amplification) < kShortLoss;
   target.value = sums.roots;
-  target.form = keeps_rows ? SavedForm::kGramSide : SavedForm::kRoundedGramSide;
+  if (rounds) target.form = is_short ? SavedForm::kRoundedShortGramSide : SavedForm::kRoundedGramSide;
+  else target.form = is_short ? SavedForm::kShortGramSide : SavedForm::kGramSide;
   if (target.slot == nullptr) return Outcome::kDone;
   function = inverse_square_root(smallest / scale, largest / scale, function_error<T>());
   return Outcome::kNarrowFunction;
@@ -525,7 +529,9 @@ std::vector<int64_t> spectral_functions_in(const RowSet* sets, int64_t count, Sp
     if (!large || !s.finite) continue;
     // While it is in the cache.
     DSE_STAGE("clusters: tridiagonal form, eigenvalues");
-    if (narrow && !is_square(sets[i])) ws.large[i].reduce_mixed(s.gram, s.m, stream_ld(s.m), s.m / kWideShare);
+    if (narrow && !is_square(sets[i]))
+      ws.large[i].reduce_mixed(s.gram, s.m, stream_ld(s.m), s.m / kWideShare,
+                               flat_share(s.m, std::max(sets[i].n, sets[i].x->dim)));
     else ws.large[i].reduce(s.gram, s.m, stream_ld(s.m));
     s.gram = nullptr;  // the next one's
   }

@@ -84,7 +84,7 @@ void StreamedRank::reduce(bool exact) {
     return;
   }
   const bool mixed = !exact && null_ == 0;
-  if (mixed) large_.reduce_mixed(gram, m_, ldg, m_ / kWideShare);
+  if (mixed) large_.reduce_mixed(gram, m_, ldg, m_ / kWideShare, flat_share(m_, std::max(set_.n, set_.x->dim)));
   else large_.reduce(gram, m_, ldg);
 }
 

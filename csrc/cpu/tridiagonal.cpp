@@ -55,6 +55,14 @@ void dots(int64_t count, const T* b, int64_t ld, const T* v, int64_t begin, int6
   DSE_CALL_BY_ISA(dots, count, b, ld, v, begin, end, out);
 }
 template <typename T>
+void fill_operands(T* pair, int64_t ld, int64_t rows, const T* v_rows, int64_t first, int64_t last) {
+  DSE_CALL_BY_ISA(fill_operands, pair, ld, rows, v_rows, first, last);
+}
+template <typename T>
+void add_rows(int64_t rows, const T* other, int64_t ld, int64_t first, int64_t last, T* sum) {
+  DSE_CALL_BY_ISA(add_rows, rows, other, ld, first, last, sum);
+}
+template <typename T>
 void turn(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t ldo) {
   DSE_CALL_BY_ISA(turn, in, ld, rows, columns, out, ldo);
 }
@@ -118,21 +126,6 @@ void symmetric_product(Crew& crew, const Bands& bands, const T* a, int64_t ld, i
   for (int64_t p = 1; p < Crew::kParts; ++p) {
     const T* own = partial + p * ld;
     for (int64_t j = from(p); j < n; ++j) y[j] += own[j];
-  }
-}
-
-// Columns first .. last of what symmetric_update() takes, from `rows` of V (or what stands in its place), and W
-// behind them.
-template <typename T>
-void fill_operands(T* pair, int64_t ld, int64_t rows, const T* v_rows, int64_t first, int64_t last) {
-  for (int64_t i = 0; i < rows; ++i) {
-    T* v = pair + i * ld;
-    T* w = v + rows * ld;
-    T* minus_w = w + rows * ld;
-    T* minus_v = minus_w + rows * ld;
-    if (v_rows != nullptr) std::copy(v_rows + i * ld + first, v_rows + i * ld + last, v + first);
-    for (int64_t j = first; j < last; ++j) minus_w[j] = -w[j];
-    for (int64_t j = first; j < last; ++j) minus_v[j] = -v[j];
   }
 }
 
@@ -250,7 +243,7 @@ void Tridiagonal::reduce(double* a, int64_t n, int64_t ld) {
   Crew::gather(n * n * n, [&](Crew& crew) { reduce_columns(a, 0, n, wide_, crew); });
 }
 
-void Tridiagonal::reduce_mixed(double* a, int64_t n, int64_t ld, int64_t most_wide) {
+void Tridiagonal::reduce_mixed(double* a, int64_t n, int64_t ld, int64_t most_wide, double flat) {
   if (n <= 2 * kBlock) {
     reduce(a, n, ld);
     return;
@@ -264,7 +257,7 @@ void Tridiagonal::reduce_mixed(double* a, int64_t n, int64_t ld, int64_t most_wi
   Crew::gather(n * n * n, [&](Crew& crew) {
     // What the last columns still see of the spectrum: a small part of all of it, or little more than the mean
     // eigenvalue, is little enough. Single large eigenvalues are found out by a few columns.
-    constexpr double kLittle = 0.1, kFlat = 8.0, kSlow = 0.85;
+    constexpr double kLittle = 0.1, kSlow = 0.85;
     double before = 1.0;
     for (int64_t to = kFirstWide; narrow_from_ < most_wide; to = to < kBlock ? kBlock : to + kBlock) {
       const int64_t looked_at = narrow_from_ == 0 ? kFirstWide / 2 : kFirstWide;
@@ -272,7 +265,7 @@ void Tridiagonal::reduce_mixed(double* a, int64_t n, int64_t ld, int64_t most_wi
       narrow_from_ = to;
       const double last = largest_bound(diagonal(), couplings(), to - looked_at, to);
       const double seen = last / largest_bound(diagonal(), couplings(), 0, to);
-      if (seen < kLittle || last < kFlat * mean || (to > kFirstWide && !(seen < kSlow * before))) break;
+      if (seen < kLittle || last < flat * mean || (to > kFirstWide && !(seen < kSlow * before))) break;
       before = seen;
     }
 
@@ -475,14 +468,8 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
       T* small = small_parts + part * kCells;
       std::fill_n(small, kCells, T(0));
       for_columns(part, [&](int64_t j0, int64_t j1) {
-        for (int64_t p = 1; p < Crew::kParts; ++p) {
-          const int64_t from = std::max(j0, bands.edge[p]);
-          for (int64_t i = 0; i < rows; ++i) {
-            T* own = product + i * ld;
-            const T* other = own + p * kBlock * ld;
-            for (int64_t j = from; j < j1; ++j) own[j] += other[j];
-          }
-        }
+        for (int64_t p = 1; p < Crew::kParts; ++p)
+          add_rows(rows, product + p * kBlock * ld, ld, std::max(j0, bands.edge[p]), j1, product);
         for (int64_t i = 0; i < rows; ++i) {
           T along[kBlock];
           dots(rows, v_rows, ld, product + i * ld, j0, j1, along);

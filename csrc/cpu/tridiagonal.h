@@ -1,6 +1,7 @@
 // Eigenvalues and functions of one symmetric matrix that is too large for tridiagonal_lanes.h.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/parallel.h"
@@ -12,6 +13,14 @@ namespace dse::cpu {
 // The part of the columns that a mixed reduction does in float64 at most, where float32 products are not enough.
 inline constexpr int64_t kWideShare = 8;
 
+// What to call flat, of the Gram matrix of a matrix with sides `shorter` and `longer`. Of independent entries the
+// mean of the inverse eigenvalues is that of the mean one over 1 - shorter / longer (Marchenko & Pastur), and the
+// gradient's error grows with it: a tenth of what is allowed, for spectra that are less kind.
+inline double flat_share(int64_t shorter, int64_t longer) {
+  constexpr double kLeast = 8.0, kMost = 100.0;
+  return std::max(kLeast, kMost * (1.0 - static_cast<double>(shorter) / static_cast<double>(longer)));
+}
+
 // A = Q T Q^T. Matrices are n x n, row-major, with leading dimension `ld`, a multiple of 8 and at least
 // gram_ld(n).
 class Tridiagonal {
@@ -19,9 +28,9 @@ class Tridiagonal {
   // Reduces a matrix with zeros beyond column n, of which the upper triangle and the diagonal blocks of eight are
   // given; it is overwritten. All threads, unless called by a task of for_each_task.
   void reduce(double* a, int64_t n, int64_t ld);
-  // The same, but for the first columns in float32: as long as that makes the error() smaller, and `most_wide` of
-  // them or one block at most, are in float64.
-  void reduce_mixed(double* a, int64_t n, int64_t ld, int64_t most_wide);
+  // The same, but for the first columns in float32: as long as that makes the error() smaller and it is not yet
+  // that of `flat` times the mean eigenvalue, and `most_wide` of them or one block at most, are in float64.
+  void reduce_mixed(double* a, int64_t n, int64_t ld, int64_t most_wide, double flat);
   // In float64 after all. `a` is what the mixed reduction has left.
   void reduce_again(double* a);
 

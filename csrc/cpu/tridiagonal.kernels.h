@@ -147,6 +147,29 @@ void dots(int64_t count, const T* b, int64_t ld, const T* v, int64_t begin, int6
   }
 }
 
+// The operands of an update from `rows` of V and, `rows` behind them, of W: behind these -W, then -V. Columns
+// first .. last; V is copied from v_rows where that is not null.
+template <typename T>
+void fill_operands(T* pair, int64_t ld, int64_t rows, const T* v_rows, int64_t first, int64_t last) {
+  for (int64_t i = 0; i < rows; ++i) {
+    T* v = pair + i * ld;
+    T* w = v + rows * ld;
+    T* minus_w = w + rows * ld;
+    T* minus_v = minus_w + rows * ld;
+    if (v_rows != nullptr)
+      for (int64_t j = first; j < last; ++j) v[j] = v_rows[i * ld + j];
+    for (int64_t j = first; j < last; ++j) minus_w[j] = -w[j];
+    for (int64_t j = first; j < last; ++j) minus_v[j] = -v[j];
+  }
+}
+
+// sum += other, of `rows` rows.
+template <typename T>
+void add_rows(int64_t rows, const T* other, int64_t ld, int64_t first, int64_t last, T* sum) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = first; j < last; ++j) sum[i * ld + j] += other[i * ld + j];
+}
+
 // out = transpose of eight rows of eight, of which `in` reads from the first.
 template <typename T>
 DSE_INLINE void transpose_eight(const T* in, int64_t ld, T* out, int64_t ldo) {
