@@ -59,7 +59,7 @@ inline void subtract_both_ways(double* f, int64_t m, int64_t ld, int64_t count, 
 template <typename Tile>
 void for_each_upper_tile(int64_t first, int64_t n, int64_t step, int64_t work, const Tile& tile) {
   const int64_t tiles = (n - first + step - 1) / step;
-  for_each_own_task(tiles * (tiles + 1) / 2, work, [&](int64_t task) {
+  for_each_own_task(tiles * (tiles + 1) / 2, work, [&](int64_t task, int64_t) {
     int64_t row = 0;
     while (task >= tiles - row) task -= tiles - row++;
     const int64_t i = first + row * step, j = first + (row + task) * step;

@@ -58,12 +58,12 @@ void for_each_task(int64_t n, int64_t work, const Fn& fn) {
 }
 
 // The same for tasks of equal size over data that a loop of such calls goes through again and again: a worker has
-// its own tasks in each, whose data is in its cache, and takes others' only when it is done with them.
+// its own fn(task, worker) in each, whose data is in its cache, and takes others' only when it is done with them.
 template <typename Fn>
 void for_each_own_task(int64_t n, int64_t work, const Fn& fn) {
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), n);
   if (work < kWorthThreads || workers < 2) {
-    for (int64_t task = 0; task < n; ++task) fn(task);
+    for (int64_t task = 0; task < n; ++task) fn(task, int64_t{0});
     return;
   }
   struct alignas(64) Counter {
@@ -75,7 +75,7 @@ void for_each_own_task(int64_t n, int64_t work, const Fn& fn) {
       const int64_t owner = (worker + i) % workers;
       std::atomic<int64_t>& next = counters[static_cast<size_t>(owner)].next;
       const auto take = [&] { return owner + workers * next.fetch_add(1, std::memory_order_relaxed); };
-      for (int64_t task = take(); task < n; task = take()) fn(task);
+      for (int64_t task = take(); task < n; task = take()) fn(task, worker);
     }
   });
 }

@@ -64,8 +64,8 @@ struct NarrowLoss {
   // Of the gradient: by independent errors of the rows' entries, where the Gram matrix alone has them, and where
   // what it is multiplied with has the same (nuclear norms only).
   double rows = 0.0, same_rows = 0.0;
-  // How much larger, relative to the gradient f(A) X, independent errors of the entries of X, or of f(A) relative to
-  // themselves, become, the mean of f's values apart: of (f(A) - mean) X.
+  // How much larger, relative to the gradient f(A) X, independent errors of the entries of X, or of f(A) relative
+  // to themselves, become, the mean of f's values apart: of (f(A) - mean) X.
   double amplification = 1.0;
 
   // The bounds are on sums over many directions in which errors do not agree: of the value, a thirtieth is seen,

@@ -132,23 +132,27 @@ template double column_gram<double>(const RowSet&, double*);
 
 double short_column_gram(const RowSet& set, double* gram, double* rounding) {
   static_assert(kShortPanel == kNarrowPanel);
-  constexpr int64_t kParts = 2;  // of kShortRows rows, in a block
+  // Parts of about kShortRows rows; those of a block are added to a tile of the result while that is in the
+  // cache.
+  constexpr int64_t kParts = 2;
   const int64_t d = set.x->dim, n = set.n, ldg = stream_ld(d), panels = ldg / kShortPanel;
-  Buffer<ShortPair> block(kParts * kShortRows / 2 * ldg);
-  Buffer<float> step(kParts * ldg);
+  const int64_t all = std::max<int64_t>(1, (n + kShortRows / 2) / kShortRows);
+  const int64_t part_rows = (n + all - 1) / all, part_pairs = (part_rows + 1) / 2;
+  Buffer<ShortPair> block(std::min(kParts, all) * part_pairs * ldg);
+  Buffer<float> step(kParts * ldg), work(max_workers() * part_rows * kShortPanel);
   double squares = 0.0;
-  for (int64_t begin = 0; begin < n; begin += kParts * kShortRows) {
-    const int64_t rows = std::min(kParts * kShortRows, n - begin), parts = (rows + kShortRows - 1) / kShortRows;
-    const auto height = [&](int64_t part) { return std::min(kShortRows, rows - part * kShortRows); };
+  for (int64_t begin = 0; begin < n; begin += kParts * part_rows) {
+    const int64_t rows = std::min(kParts * part_rows, n - begin), parts = (rows + part_rows - 1) / part_rows;
+    const auto height = [&](int64_t part) { return std::min(part_rows, rows - part * part_rows); };
     const auto pairs = [&](int64_t part) { return (height(part) + 1) / 2; };
-    const auto panels_of = [&](int64_t part) { return block.data() + part * kShortRows / 2 * ldg; };
-    for_each_own_task(parts * panels, 16 * rows * d, [&](int64_t task) {
+    const auto panels_of = [&](int64_t part) { return block.data() + part * part_pairs * ldg; };
+    for_each_own_task(parts * panels, 16 * rows * d, [&](int64_t task, int64_t worker) {
       const int64_t part = task / panels, first = task % panels * kShortPanel;
       const int64_t width = std::min(kShortPanel, d - first);
-      float panel[kShortRows * kShortPanel];
+      float* panel = work.data() + worker * part_rows * kShortPanel;
       for (int64_t i = 0; i < height(part); ++i) {
         float* row = panel + i * kShortPanel;
-        set.x->load_part(set.index(begin + part * kShortRows + i), first, width, row);
+        set.x->load_part(set.index(begin + part * part_rows + i), first, width, row);
         std::fill(row + width, row + kShortPanel, 0.0f);
       }
       quantize_columns(panel, height(part), panels_of(part) + first * pairs(part),
