@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from features import normal, orthogonal
-from parity import SHORT_PRODUCTS, relative_error
+from parity import FLAT_GRADIENT, SHORT_PRODUCTS, relative_error
 from torch import Tensor
 
 import dse_ext
@@ -146,6 +146,43 @@ def test_flat_spectra_use_them(
     (_, clusters) = errors["always"]["tall flat"][1]
     (_, narrow_clusters) = errors["never"]["tall flat"][1]
     assert narrow_clusters < 3e-5 < clusters
+
+
+def hadamard(n: int) -> Tensor:
+    """(n, n), orthogonal but for the factor n, of ones and minus ones."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < n:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
+
+
+def clusters(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Nuclear norm of a single cluster (1, n, d), and its gradient."""
+    x = x.clone().requires_grad_()
+    labels = torch.zeros(x.shape[:2], dtype=torch.long)
+    value = torch.ops.dse_ext.cluster_nuclear_norms(x, labels, 1, True)[0]
+    return value.detach(), *torch.autograd.grad(value.sum(), x)
+
+
+@pytest.mark.parametrize("shape", [(512, 200), (200, 512)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_entries_of_one_size(shape: tuple[int, int]) -> None:
+    """All would be rounded alike, and the norm be off by as much."""
+    signs = hadamard(512)[:, 1:201]
+    x = (signs if shape[0] == 512 else signs.T)[None] / 3.0
+    expected, gradient = clusters(x)
+    ours, ours_gradient = clusters(x.float())
+    assert relative_error(ours, expected) <= 5e-6
+    assert relative_error(ours_gradient, gradient) <= FLAT_GRADIENT
+
+
+@pytest.mark.parametrize("shape", [(400, 200), (200, 400)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_centring_that_leaves_the_range_of_float32(shape: tuple[int, int]) -> None:
+    x = normal(1, *shape, seed=9)
+    x[..., 0] = 0.0
+    x[0, 0, 0], x[0, 1, 0] = 1.75e38, -1.75e38
+    expected, _ = clusters(x.float().double())
+    ours, _ = clusters(x.float())
+    assert relative_error(ours, expected) <= 1e-5
 
 
 def test_suites_with_the_other_products() -> None:

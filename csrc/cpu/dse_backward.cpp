@@ -145,7 +145,6 @@ class Backward {
     RankMatrix<float> narrow;
     RankMatrix<double> wide;
     ShortMatrix short_right;
-    double short_mean = 0.0;   // of the diagonal, which is apart: it would set the steps
     Buffer<float> short_size;  // of the features, and inverses of it
     const double* short_source = nullptr;
     DominantPart dominant;
@@ -217,7 +216,7 @@ class Backward {
     }
   }
 
-  // The same, rank_ * X M, in 16-bit products.
+  // The same, rank_ * X M, in 16-bit products, but for M's diagonal: it would set the steps of its columns.
   void short_rank_gradient(const RowSet& set, const double* saved, RankWorkspace& ws, float* accumulator,
                            int64_t first_row) const {
     const int64_t d = p_.dim, n = set.n;
@@ -226,9 +225,6 @@ class Backward {
     const float* size = ws.short_size.data();
     if (ws.short_source != saved) {
       right.reserve(d, d, kShortPanel);
-      double trace = 0.0;
-      for (int64_t f = 0; f < d; ++f) trace += saved[f * (d + 1)];
-      ws.short_mean = trace / static_cast<double>(d);
       feature_sizes(ws.short_size.reserve(2 * d));
       size = ws.short_size.data();
       for_each_task((d + kShortPanel - 1) / kShortPanel, 16 * d * d, [&](int64_t task, int64_t worker) {

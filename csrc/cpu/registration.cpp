@@ -6,7 +6,10 @@
 #include "cpu/processor.h"
 #include "cpu/short_products.h"
 
-STABLE_TORCH_LIBRARY_IMPL(dse_ext, CPU, m) { DSE_REGISTER_OPERATORS(m, cpu); }
+STABLE_TORCH_LIBRARY_IMPL(dse_ext, CPU, m) {
+  dse::cpu::uses_short_products();  // reads the environment now
+  DSE_REGISTER_OPERATORS(m, cpu);
+}
 
 // What the CPU kernels use of this processor, for `dse-ext info`.
 extern "C" __attribute__((visibility("default"))) const char* dse_ext_cpu_kernels() {

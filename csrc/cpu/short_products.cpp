@@ -15,9 +15,6 @@
 #define DSE_HAS_VNNI 0
 #endif
 
-#ifndef DSE_TUNE_PAIRS
-#define DSE_TUNE_PAIRS 128
-#endif
 #define DSE_VNNI 0
 #define DSE_KERNELS "cpu/short_products.kernels.h"
 #include "cpu/every_isa.h"
@@ -53,7 +50,7 @@ bool wants_short_products() {
 #ifdef DSE_EMULATE_AVX512
   return true;
 #else
-  return kVnni;
+  return find_vnni();  // kVnni may not have been set yet
 #endif
 }
 
@@ -91,17 +88,18 @@ void ShortMatrix::reserve(int64_t depth, int64_t columns, int64_t panel) {
 
 void ShortMatrix::set_columns(int64_t first, int64_t count, const float* values, int64_t ld) {
   constexpr int64_t kSome = 16;  // columns at a time: whole cache lines are written
-  Buffer<ShortPair> work(kSome * pairs());
+  Buffer<int16_t> work(kSome * 2 * pairs());
   for (int64_t c0 = 0; c0 < count; c0 += kSome) {
     const int64_t some = std::min(kSome, count - c0);
     for (int64_t c = 0; c < some; ++c) {
-      auto* own = reinterpret_cast<int16_t*>(work.data() + c * pairs());
+      int16_t* own = work.data() + c * 2 * pairs();
       DSE_CALL_SHORT(quantize_vector, values + (c0 + c) * ld, depth_, own, step_.data() + first + c0 + c);
       if (depth_ % 2 != 0) own[depth_] = 0;
     }
     ShortPair* out = at(first + c0);
     for (int64_t p = 0; p < pairs(); ++p)
-      for (int64_t c = 0; c < some; ++c) out[p * panel_ + c] = work[c * pairs() + p];
+      for (int64_t c = 0; c < some; ++c)
+        std::memcpy(out + p * panel_ + c, work.data() + 2 * (c * pairs() + p), sizeof(ShortPair));
   }
 }
 
@@ -156,7 +154,7 @@ void round_as_short(float* rows, int64_t n, int64_t d, bool by_rows) {
 void accumulate_product(const ShortMatrix& a, int64_t m, const ShortMatrix& b, float alpha, float* const* out) {
   constexpr int64_t kMost = 96;
   // What all rows of a block meet of a panel stays in the smallest cache, beside a few columns of A.
-  constexpr int64_t kPairs = DSE_TUNE_PAIRS;
+  constexpr int64_t kPairs = 128;
   float* shifted[kMost];
   const int64_t width = padded(b.columns());
   for (int64_t i0 = 0; i0 < m; i0 += kMost) {

@@ -35,8 +35,8 @@ inline constexpr double kShortLoss = 4.5e-4;
 // of column j, which is its integers times step[j]. Of an odd number of rows the last one's partner is zero.
 void quantize_columns(const float* panel, int64_t rows, ShortPair* out, float* step);
 
-// Most rows of what quantize_columns() is called with where rows are taken in parts, whose steps are their own:
-// of one panel they fit the smallest cache.
+// About the rows of what quantize_columns() is called with where rows are taken in parts, whose steps are their
+// own: of one panel they fit the smallest cache.
 inline constexpr int64_t kShortRows = 192;
 
 // C[i, j] += step[i] step[j] sum_r <a[r, i], b[r, j]> over the first `pairs` of such panels, which lie `height`

@@ -62,7 +62,8 @@ constexpr float kShortNorm = 46000.0f, kShortMost = 32766.0f, kLeastMost = 1e-30
 // relative to that; 0 for next to nothing.
 DSE_INLINE float inverse_step(float most, float squares) {
   if (!(most > kLeastMost)) return 0.0f;
-  return std::min(kShortMost, kShortNorm / std::sqrt(squares)) / most;
+  // A whole number for the largest: where all are of one size, none is rounded, rather than all alike.
+  return std::floor(std::min(kShortMost, kShortNorm / std::sqrt(squares))) / most;
 }
 
 void quantize_columns(const float* panel, int64_t rows, ShortPair* out, float* step) {
@@ -192,7 +193,7 @@ DSE_INLINE void short_accumulate_tile(const ShortPair* a, int64_t lda, const Sho
                                       float* const* out, int64_t j) {
   short_tile<R, C>(a, lda, b + j, ldb, pairs, [&](int i, int v, const Reals& sum) {
     Reals& dst = *reinterpret_cast<Reals*>(out[i] + j + v * kShortLanes);
-    dst += alpha * row_step[i] * *reinterpret_cast<const Reals*>(step + j + v * kShortLanes) * sum;
+    dst += row_step[i] * *reinterpret_cast<const Reals*>(step + j + v * kShortLanes) * sum * alpha;
   });
 }
 

@@ -215,7 +215,8 @@ void fill_narrow_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
   } else {
     DSE_STAGE("clusters: Gram matrices");
     float* matrix = ws.narrow_matrix.reserve(set.n * set.x->dim);
-    s.floor = noise_floor(gather_rows(set, matrix, set.x->dim), set.n);
+    const double magnitude = gather_rows(set, matrix, set.x->dim);
+    s.floor = noise_floor(magnitude, set.n);
     if (is_short) fill_short_gram(matrix, set, s, ws);
     else if (is_large) fill_large_gram(matrix, set, s, ws);
     else fill_small_gram(matrix, set, s, ws);
@@ -231,8 +232,9 @@ void fill_narrow_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
     };
     if (is_large) look(s.gram, stream_ld(s.m));
     else look(s.narrow_gram, gram_ld(s.m));
-    // Squares that leave float32's range are float64's.
-    s.finite = trace > 1e-20 && trace < 1e30;
+    // Squares that leave float32's range are float64's, and so are rows that may have left it when they were
+    // centred.
+    s.finite = trace > 1e-20 && trace < 1e30 && magnitude < 1e30;
     s.error = is_large ? (is_short ? kShortSums : kProducts) * std::sqrt(squares) : 0.0;
     // Roundings E of the rows add E E^T or E^T E, as good as a multiple of the identity.
     s.error += s.row_error * s.row_error * static_cast<double>(std::max(set.n, set.x->dim));

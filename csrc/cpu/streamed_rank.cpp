@@ -48,6 +48,8 @@ void StreamedRank::measure(const RowSet& set, bool exact) {
                       set.x->dtype != DType::kFloat64 && m_ > kLanesMaxSide && is_worth_narrow(set);
   const bool is_short = uses_short_products() && !set.center;
   fill_gram(!narrow ? Products::kWide : is_short ? Products::kShort : Products::kNarrow);
+  // Dead features are float64's.
+  if (null_ > 0 && products_ != Products::kWide) fill_gram(Products::kWide);
 }
 
 void StreamedRank::fill_gram(Products products) {
@@ -109,10 +111,10 @@ void StreamedRank::find_eigenvalues() {
 }
 
 void StreamedRank::start_again() {
-  if (products_ == Products::kShort) {
+  if (products_ == Products::kShort && traced_) {
     fill_gram(Products::kNarrow);
     reduce(false);
-  } else if (products_ == Products::kNarrow) {
+  } else if (products_ != Products::kWide) {  // also where the smallest eigenvalue is out of reach of all others
     fill_gram(Products::kWide);
     reduce(true);
   } else {
@@ -171,8 +173,7 @@ double StreamedRank::finish(bool exact, double* gradient, RankForm* form) {
     small_.apply(&functions, &gram, &ldg);
   } else {
     if (!exact) {
-      const NarrowLoss loss =
-          narrow_loss(values, sigma, weight, null_, 0, m_, result, part.function, large_.error());
+      const NarrowLoss loss = narrow_loss(values, sigma, weight, null_, 0, m_, result, part.function, 0.0);
       if (loss.is_small()) {
         apply_narrow(part.function, loss, gradient, form);
         return result;
