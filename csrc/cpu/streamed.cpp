@@ -1,6 +1,7 @@
 #include "cpu/streamed.h"
 
 #include <cmath>
+#include <vector>
 
 #include "cpu/aten.h"
 #include "cpu/dense.h"
@@ -140,7 +141,7 @@ double short_column_gram(const RowSet& set, double* gram, double* rounding) {
   const int64_t part_rows = (n + all - 1) / all, part_pairs = (part_rows + 1) / 2;
   Buffer<ShortPair> block(std::min(kParts, all) * part_pairs * ldg);
   Buffer<float> step(kParts * ldg), work(max_workers() * part_rows * kShortPanel);
-  double squares = 0.0;
+  std::vector<double> added(static_cast<size_t>(d));  // to the squares of columns, by their rounding
   for (int64_t begin = 0; begin < n; begin += kParts * part_rows) {
     const int64_t rows = std::min(kParts * part_rows, n - begin), parts = (rows + part_rows - 1) / part_rows;
     const auto height = [&](int64_t part) { return std::min(part_rows, rows - part * part_rows); };
@@ -161,7 +162,7 @@ double short_column_gram(const RowSet& set, double* gram, double* rounding) {
     for (int64_t part = 0; part < parts; ++part) {
       for (int64_t f = 0; f < d; ++f) {
         const auto own = static_cast<double>(step[part * ldg + f]);
-        squares += own * own * static_cast<double>(height(part));
+        added[static_cast<size_t>(f)] += own * own * static_cast<double>(height(part)) / 12.0;
       }
     }
     for_each_upper_tile(0, d, kGramTile, d * d * rows / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
@@ -174,7 +175,12 @@ double short_column_gram(const RowSet& set, double* gram, double* rounding) {
                          j0, j1);
     });
   }
-  *rounding = std::sqrt(squares / (12.0 * static_cast<double>(n * d)));
+  double squares = 0.0;
+  for (int64_t f = 0; f < d; ++f) {
+    squares += added[static_cast<size_t>(f)];
+    gram[f * (ldg + 1)] -= added[static_cast<size_t>(f)];
+  }
+  *rounding = std::sqrt(squares / static_cast<double>(n * d));
   return magnitude_of(gram, d, n);
 }
 
