@@ -149,29 +149,27 @@ void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item,
       return;
     }
   }
-  if (n <= d && is_rounded) {
-    const T* rows = gather();
-    ws.right.reserve(n, d);
-    for (int64_t i = 0; i < n; ++i) ws.right.set_row(i, rows + i * d);
-    accumulate_product(item.slot, n, n, ws.right, weight, ws.targets.data());  // the slot is symmetric
-    return;
-  }
   if (n <= d) {
-    // Rows of the slot sum to zero, so that any row near the mean does for centring: the mean of a few.
-    constexpr int64_t kSample = 8;
-    const int64_t sample = std::min(n, kSample);
-    double* origin = ws.origin.reserve(2 * d);
-    T* row = ws.rows.reserve(d);
-    std::fill(origin, origin + d, 0.0);
-    for (int64_t s = 0; s < sample; ++s) {
-      x.load(item.rows[s * n / sample], origin + d);
-      accumulate(origin + d, origin, d);
-    }
-    for (int64_t f = 0; f < d; ++f) origin[f] /= static_cast<double>(sample);
     ws.right.reserve(n, d);
-    for (int64_t i = 0; i < n; ++i) {
-      x.load_shifted_row(item.rows[i], origin, 1.0, row);
-      ws.right.set_row(i, row);
+    if (is_rounded) {
+      const T* rows = gather();
+      for (int64_t i = 0; i < n; ++i) ws.right.set_row(i, rows + i * d);
+    } else {
+      // Rows of the slot sum to zero, so that any row near the mean does for centring: the mean of a few.
+      constexpr int64_t kSample = 8;
+      const int64_t sample = std::min(n, kSample);
+      double* origin = ws.origin.reserve(2 * d);
+      T* row = ws.rows.reserve(d);
+      std::fill(origin, origin + d, 0.0);
+      for (int64_t s = 0; s < sample; ++s) {
+        x.load(item.rows[s * n / sample], origin + d);
+        accumulate(origin + d, origin, d);
+      }
+      for (int64_t f = 0; f < d; ++f) origin[f] /= static_cast<double>(sample);
+      for (int64_t i = 0; i < n; ++i) {
+        x.load_shifted_row(item.rows[i], origin, 1.0, row);
+        ws.right.set_row(i, row);
+      }
     }
     accumulate_product(item.slot, n, n, ws.right, weight, ws.targets.data());  // the slot is symmetric
     return;

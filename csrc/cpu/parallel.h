@@ -61,11 +61,7 @@ void for_each_task(int64_t n, int64_t work, const Fn& fn) {
 // its own fn(task, worker) in each, whose data is in its cache, and takes others' only when it is done with them.
 template <typename Fn>
 void for_each_own_task(int64_t n, int64_t work, const Fn& fn) {
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), n);
-  if (work < kWorthThreads || workers < 2) {
-    for (int64_t task = 0; task < n; ++task) fn(task, int64_t{0});
-    return;
-  }
+  const int64_t workers = work < kWorthThreads ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), n);
   struct alignas(64) Counter {
     std::atomic<int64_t> next{0};
   };

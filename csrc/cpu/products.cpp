@@ -1,6 +1,7 @@
 #include "cpu/products.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/processor.h"
 #include "cpu/vectors.h"

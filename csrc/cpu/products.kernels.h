@@ -1,5 +1,7 @@
 // The kernels of products.h for one instruction set: see every_isa.h.
 
+#include "cpu/upper_panels.kernels.h"
+
 namespace dse::cpu::DSE_ISA {
 namespace {
 
@@ -212,17 +214,11 @@ DSE_INLINE void narrow_gram_tile(const float* a, const float* b, int64_t rows, d
 
 void panel_gram_upper(const float* panels, int64_t rows, double* c, int64_t ldc, int64_t i0, int64_t i1,
                       int64_t j0, int64_t j1) {
-  constexpr int R = kWideRegisters ? 8 : 4;
-  const auto left = [&](int64_t i) { return panels + i / kNarrowPanel * kNarrowPanel * rows + i % kNarrowPanel; };
-  for (int64_t j = j0; j < j1; j += kNarrowPanel) {
-    const float* b = panels + j * rows;
-    const int64_t last = std::min(kNarrowPanel, j1 - j);
-    int64_t i = i0;
-    for (; i + R <= i1 && i < j + kNarrowPanel; i += R)
-      narrow_gram_tile<R>(left(i), b, rows, c + i * ldc + j, ldc, i - j, last);
-    for (; i < i1 && i < j + kNarrowPanel; ++i)
-      narrow_gram_tile<1>(left(i), b, rows, c + i * ldc + j, ldc, i - j, last);
-  }
+  for_each_upper_tile_of_panels<kNarrowPanel, kWideRegisters ? 8 : 4>(
+      i0, i1, j0, j1, [&](auto tile_rows, int64_t i, int64_t j, int64_t last) __attribute__((always_inline)) {
+        const float* a = panels + i / kNarrowPanel * kNarrowPanel * rows + i % kNarrowPanel;
+        narrow_gram_tile<tile_rows()>(a, panels + j * rows, rows, c + i * ldc + j, ldc, i - j, last);
+      });
 }
 
 // --- Products that are added to rows anywhere.

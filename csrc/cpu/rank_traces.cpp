@@ -66,7 +66,7 @@ std::optional<TracedRank> rank_by_traces(const Tridiagonal& matrix, double error
   Part part{low, high, sum_times, {}};
   if (!gradient_functions(SpectralKind::kEffectiveRank, &part, 1, rank.value, {sum, most},
                           function_error<float>()))
-    return rank;
+    return std::nullopt;
   rank.function = std::move(part.function);
   const std::vector<double> values = spread_evenly(matrix, smallest, largest);
   std::vector<double> sigma, weights;

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string_view>
+#include <type_traits>
 
 #include "cpu/processor.h"
 #include "cpu/vectors.h"
@@ -77,6 +78,14 @@ void short_gram_upper(const ShortPair* panels, int64_t height, int64_t pairs, co
   DSE_CALL_SHORT(short_gram_upper, panels, height, pairs, step, c, ldc, i0, i1, j0, j1);
 }
 
+void copy_panel(const float* values, int64_t ld, int64_t rows, int64_t width, float* panel) {
+  for (int64_t r = 0; r < rows; ++r) {
+    float* out = panel + r * kShortPanel;
+    std::copy_n(values + r * ld, width, out);
+    std::fill(out + width, out + kShortPanel, 0.0f);
+  }
+}
+
 void ShortMatrix::reserve(int64_t depth, int64_t columns, int64_t panel) {
   depth_ = depth;
   columns_ = columns;
@@ -104,12 +113,8 @@ void ShortMatrix::set_columns(int64_t first, int64_t count, const float* values,
 }
 
 void ShortMatrix::set_panel(int64_t first, const float* values, int64_t ld) {
-  const int64_t width = std::min(panel_, columns_ - first);
-  float* rows = rows_.reserve(depth_ * panel_);
-  for (int64_t r = 0; r < depth_; ++r) {
-    std::copy_n(values + r * ld + first, width, rows + r * panel_);
-    std::fill(rows + r * panel_ + width, rows + (r + 1) * panel_, 0.0f);
-  }
+  float* rows = rows_.reserve(depth_ * kShortPanel);
+  copy_panel(values + first, ld, depth_, std::min(kShortPanel, columns_ - first), rows);
   quantize_columns(rows, depth_, at(first), step_.data() + first);
 }
 
@@ -136,10 +141,7 @@ void round_as_short(float* rows, int64_t n, int64_t d, bool by_rows) {
     for (int64_t first = 0; first < d; first += kShortPanel) {
       const int64_t width = std::min(kShortPanel, d - first);
       float* own = rows + begin * d + first;
-      for (int64_t i = 0; i < count; ++i) {
-        std::copy_n(own + i * d, width, panel + i * kShortPanel);
-        std::fill(panel + i * kShortPanel + width, panel + (i + 1) * kShortPanel, 0.0f);
-      }
+      copy_panel(own, d, count, width, panel);
       quantize_columns(panel, count, whole, step);
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t j = 0; j < width; ++j) {

@@ -31,6 +31,9 @@ inline constexpr double kShortRounding = 7e-5;
 // operands.
 inline constexpr double kShortLoss = 4.5e-4;
 
+// panel = `width` columns of `rows` rows of `values`, filled up with zeros to kShortPanel.
+void copy_panel(const float* values, int64_t ld, int64_t rows, int64_t width, float* panel);
+
 // A panel of kShortPanel columns of `rows` numbers (row-major): out[r * kShortPanel + j] has rows 2 r and 2 r + 1
 // of column j, which is its integers times step[j]. Of an odd number of rows the last one's partner is zero.
 void quantize_columns(const float* panel, int64_t rows, ShortPair* out, float* step);
@@ -58,7 +61,8 @@ class ShortMatrix {
   // Sets columns first, ..., first + count - 1 of one panel; the elements of each are a row of `values` (leading
   // dimension ld).
   void set_columns(int64_t first, int64_t count, const float* values, int64_t ld);
-  // Sets the panel of columns from `first` on, of which row r of `values` has the r-th elements.
+  // Sets the panel (of kShortPanel columns) from column `first` on, of which row r of `values` has the r-th
+  // elements.
   void set_panel(int64_t first, const float* values, int64_t ld);
   // Zeroes columns, by which the last panel is wider than the matrix.
   void clear_columns(int64_t first, int64_t count);

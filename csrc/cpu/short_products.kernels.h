@@ -1,5 +1,7 @@
 // The kernels of short_products.h for one instruction set: see every_isa.h. DSE_VNNI: with VPDPWSSD.
 
+#include "cpu/upper_panels.kernels.h"
+
 namespace dse::cpu::DSE_ISA {
 namespace {
 
@@ -174,17 +176,12 @@ DSE_INLINE void short_gram_tile(const ShortPair* a, const ShortPair* b, int64_t 
 
 void short_gram_upper(const ShortPair* panels, int64_t height, int64_t pairs, const float* step, double* c,
                       int64_t ldc, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-  constexpr int R = kTileRows;
-  const auto left = [&](int64_t i) { return panels + i / kShortPanel * kShortPanel * height + i % kShortPanel; };
-  for (int64_t j = j0; j < j1; j += kShortPanel) {
-    const ShortPair* b = panels + j * height;
-    const int64_t last = std::min(kShortPanel, j1 - j);
-    int64_t i = i0;
-    for (; i + R <= i1 && i < j + kShortPanel; i += R)
-      short_gram_tile<R>(left(i), b, pairs, step + i, step + j, c + i * ldc + j, ldc, i - j, last);
-    for (; i < i1 && i < j + kShortPanel; ++i)
-      short_gram_tile<1>(left(i), b, pairs, step + i, step + j, c + i * ldc + j, ldc, i - j, last);
-  }
+  for_each_upper_tile_of_panels<kShortPanel, kTileRows>(
+      i0, i1, j0, j1, [&](auto tile_rows, int64_t i, int64_t j, int64_t last) __attribute__((always_inline)) {
+        const ShortPair* a = panels + i / kShortPanel * kShortPanel * height + i % kShortPanel;
+        short_gram_tile<tile_rows()>(a, panels + j * height, pairs, step + i, step + j, c + i * ldc + j, ldc,
+                                     i - j, last);
+      });
 }
 
 template <int R, int C>

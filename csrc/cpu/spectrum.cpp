@@ -162,10 +162,7 @@ void fill_short_gram(const float* matrix, const RowSet& set, Spectrum& s, Spectr
     const int64_t rows = std::min(kShortRows, n - r), pairs = (rows + 1) / 2;
     for (int64_t first = 0; first < d; first += kShortPanel) {
       const int64_t width = std::min(kShortPanel, d - first);
-      for (int64_t i = 0; i < rows; ++i) {
-        std::copy_n(matrix + (r + i) * d + first, width, panel + i * kShortPanel);
-        std::fill(panel + i * kShortPanel + width, panel + (i + 1) * kShortPanel, 0.0f);
-      }
+      copy_panel(matrix + r * d + first, d, rows, width, panel);
       quantize_columns(panel, rows, panels + first * pairs, step + first);
     }
     add_products(panels, pairs, pairs, step);

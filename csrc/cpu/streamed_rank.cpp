@@ -69,7 +69,8 @@ void StreamedRank::fill_gram(Products products) {
   for (int64_t i = 0; i < m_; ++i) trace += gram[i * ldg + i];
   gram_error_ = 0.0;
   if (products == Products::kNarrow) gram_error_ = narrow_products(set_.n, m_) * trace;
-  // Roundings E of rows add E^T E, as good as a multiple of the identity; the rest is narrow_loss()'s.
+  // Roundings E of rows add E^T E, whose diagonal is taken off as far as it is known; the rest is
+  // narrow_loss()'s.
   if (products == Products::kShort) gram_error_ = row_error_ * row_error_ * static_cast<double>(set_.n);
   finite_ = std::isfinite(trace);
 }
@@ -99,8 +100,6 @@ void StreamedRank::find_eigenvalues() {
   if (error > 0.0) {
     if (null_ == 0) traced_ = rank_by_traces(large_, error, row_error_, floor_, iterated_);
     accurate_ = traced_ && traced_->loss.is_small() && traced_->loss.rows < kShortLoss;
-    // At its maximum there is no gradient to be accurate about.
-    if (traced_ && traced_->function.shift.empty()) accurate_ = false;
     return;
   }
   double* values = spectrum_.data();
