@@ -22,6 +22,10 @@ namespace dse::cpu {
                      int64_t m, int64_t n) {                                                                  \
     DSE_CALL_BY_ISA(tn_accumulate, a, lda, b, ldb, depth, alpha, out, m, n);                                  \
   }                                                                                                           \
+  void nn_accumulate(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo,     \
+                     int64_t m, int64_t n) {                                                                  \
+    DSE_CALL_BY_ISA(nn_accumulate, a, lda, b, ldb, depth, out, ldo, m, n);                                    \
+  }                                                                                                           \
   void tn_product_upper(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t rows, T* c, int64_t ldc,    \
                         int64_t i0, int64_t i1, int64_t j0, int64_t j1) {                                     \
     DSE_CALL_BY_ISA(tn_product_upper, a, lda, b, ldb, rows, c, ldc, i0, i1, j0, j1);                          \

@@ -157,6 +157,17 @@ DSE_INLINE void gram_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int6
   }
 }
 
+// Of two panels of float32.
+DSE_INLINE void double_gram_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows, float* c,
+                                 int64_t ldc) {
+  constexpr int kWide = 64;
+  constexpr int64_t kLanes = kWide / sizeof(float);
+  static_assert(3 * kLanes == 2 * kGramPanel);
+  tn_tile<float, kWide, kGramRows, 3>(a, lda, b, ldb, rows, [&](int i, int v, const Vec<float, kWide>& sum) {
+    *reinterpret_cast<Vec<float, kWide>*>(c + i * ldc + v * kLanes) += sum;
+  });
+}
+
 // Tiles wholly below the diagonal are left out, and so are blocks of eight columns where vectors are as wide.
 // a(i) is the left operand from column i on.
 template <typename T, typename Left>
@@ -182,9 +193,18 @@ template <typename T>
 void tn_product_upper(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t rows, T* c, int64_t ldc,
                       int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   const auto left = [&](int64_t i) { return a + i; };
-  for (int64_t j = j0; j < j1; j += kGramPanel) {
-    gram_column<T>(left, lda, b + j, ldb, rows, c, ldc, i0, i1, j);
+  int64_t j = j0;
+  if constexpr (sizeof(T) == 4 && kWideRegisters) {
+    // Two panels at a time make three whole registers, in rows above their diagonal.
+    for (; j + 2 * kGramPanel <= j1; j += 2 * kGramPanel) {
+      int64_t i = i0;
+      for (; i + kGramRows <= i1 && i + kGramRows <= j; i += kGramRows)
+        double_gram_tile(a + i, lda, b + j, ldb, rows, c + i * ldc + j, ldc);
+      for (const int64_t own : {j, j + kGramPanel})
+        gram_column<T>(left, lda, b + own, ldb, rows, c, ldc, i, i1, own);
+    }
   }
+  for (; j < j1; j += kGramPanel) gram_column<T>(left, lda, b + j, ldb, rows, c, ldc, i0, i1, j);
 }
 
 void panel_gram_upper(const double* panels, int64_t rows, double* c, int64_t ldc, int64_t i0, int64_t i1,
@@ -255,6 +275,61 @@ void tn_accumulate(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t dep
   for (; i + R <= m; i += R) accumulate_rows<T, R>(a + i, lda, b, ldb, depth, alpha, out + i, n);
   for (; i + 2 <= m; i += 2) accumulate_rows<T, 2>(a + i, lda, b, ldb, depth, alpha, out + i, n);
   for (; i < m; ++i) accumulate_rows<T, 1>(a + i, lda, b, ldb, depth, alpha, out + i, n);
+}
+
+// --- Products of rows, A B.
+
+// Outer-product tile, R rows of C vectors of A B and, with kHalf, of one half as wide; they are added to `out`.
+template <typename T, int R, int C, bool kHalf = false>
+DSE_INLINE void nn_tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo) {
+  using V = Vec<T, kBytes>;
+  using Half = Vec<T, kBytes / 2>;
+  constexpr int64_t kLanes = kBytes / sizeof(T);
+  V acc[R][C + 1] = {};
+  Half rest[R] = {};
+  for (int64_t r = 0; r < depth; ++r) {
+    const T* row = b + r * ldb;
+    V bv[C + 1];
+    Half last;
+    for (int v = 0; v < C; ++v) bv[v] = *reinterpret_cast<const V*>(row + v * kLanes);
+    if constexpr (kHalf) last = *reinterpret_cast<const Half*>(row + C * kLanes);
+    for (int i = 0; i < R; ++i) {
+      const V av = broadcast<V>(a[i * lda + r]);
+      for (int v = 0; v < C; ++v) acc[i][v] += av * bv[v];
+      if constexpr (kHalf) rest[i] += broadcast<Half>(a[i * lda + r]) * last;
+    }
+  }
+  for (int i = 0; i < R; ++i) {
+    for (int v = 0; v < C; ++v) *reinterpret_cast<V*>(out + i * ldo + v * kLanes) += acc[i][v];
+    if constexpr (kHalf) *reinterpret_cast<Half*>(out + i * ldo + C * kLanes) += rest[i];
+  }
+}
+
+template <typename T, int R>
+DSE_INLINE void nn_rows(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo,
+                        int64_t n) {
+  constexpr int64_t kLanes = kBytes / sizeof(T);
+  int64_t j = 0;
+  for (; j + 3 * kLanes <= n; j += 3 * kLanes) nn_tile<T, R, 3>(a, lda, b + j, ldb, depth, out + j, ldo);
+  if constexpr (kLanes == 16) {  // columns come in multiples of eight, many of them by 24
+    for (; j + 24 <= n; j += 24) nn_tile<T, R, 1, true>(a, lda, b + j, ldb, depth, out + j, ldo);
+    for (; j < n; j += 8) nn_tile<T, R, 0, true>(a, lda, b + j, ldb, depth, out + j, ldo);
+  } else {
+    for (; j < n; j += kLanes) nn_tile<T, R, 1>(a, lda, b + j, ldb, depth, out + j, ldo);
+  }
+}
+
+template <typename T>
+void nn_accumulate(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo,
+                   int64_t m, int64_t n) {
+  constexpr int R = kGramRows;
+  int64_t i = 0;
+  for (; i + R <= m; i += R) nn_rows<T, R>(a + i * lda, lda, b, ldb, depth, out + i * ldo, ldo, n);
+  if constexpr (R > 4) {
+    for (; i + 4 <= m; i += 4) nn_rows<T, 4>(a + i * lda, lda, b, ldb, depth, out + i * ldo, ldo, n);
+  }
+  for (; i + 2 <= m; i += 2) nn_rows<T, 2>(a + i * lda, lda, b, ldb, depth, out + i * ldo, ldo, n);
+  for (; i < m; ++i) nn_rows<T, 1>(a + i * lda, lda, b, ldb, depth, out + i * ldo, ldo, n);
 }
 
 }  // namespace

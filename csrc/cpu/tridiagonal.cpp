@@ -26,14 +26,21 @@
 #include "cpu/tridiagonal_traces.h"
 #include "cpu/vectors.h"
 
+namespace dse::cpu {
+namespace {
+
+// A multiple of kGramPanel: updates start at whole tiles.
+constexpr int64_t kBlock = kGramPanel;
+
+}  // namespace
+}  // namespace dse::cpu
+
 #define DSE_KERNELS "cpu/tridiagonal.kernels.h"
 #include "cpu/every_isa.h"
 
 namespace dse::cpu {
 namespace {
 
-// A multiple of kGramPanel: updates start at whole tiles.
-constexpr int64_t kBlock = kGramPanel;
 constexpr int64_t kCells = kBlock * kBlock;
 constexpr int64_t kTile = 96;
 // Columns that a mixed reduction does in float64 at least.
@@ -65,6 +72,24 @@ void add_rows(int64_t rows, const T* other, int64_t ld, int64_t first, int64_t l
 template <typename T>
 void turn(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t ldo) {
   DSE_CALL_BY_ISA(turn, in, ld, rows, columns, out, ldo);
+}
+void invert_pivots(int64_t n, int64_t wide, const double* diagonal, const double* off, const double* shift,
+                   double* inverse) {
+  DSE_CALL_BY_ISA(invert_pivots, n, wide, diagonal, off, shift, inverse);
+}
+template <typename T>
+void shifted_ratios(int64_t wide, int64_t k0, int64_t rows, int64_t n, const double* off, const double* inverse,
+                    const double* weight, double* corner, double* ratio, double* entry, double* reach, T* ratios) {
+  DSE_CALL_BY_ISA(shifted_ratios, wide, k0, rows, n, off, inverse, weight, corner, ratio, entry, reach, ratios);
+}
+template <typename T>
+void shifted_rows(int64_t shifts, int64_t wide, int64_t k0, int64_t rows, const double* weight, const double* ratio,
+                  const double* entry, const double* reach, double* block, T* turned, int64_t ld) {
+  DSE_CALL_BY_ISA(shifted_rows, shifts, wide, k0, rows, weight, ratio, entry, reach, block, turned, ld);
+}
+template <typename T>
+void block_reflector(int64_t rows, const T* gram, const double* factor, T* turned) {
+  DSE_CALL_BY_ISA(block_reflector, rows, gram, factor, turned);
 }
 template <typename T>
 void mirror(T* a, int64_t ld, int64_t first, int64_t row_end, int64_t n) {
@@ -127,26 +152,6 @@ void symmetric_product(Crew& crew, const Bands& bands, const T* a, int64_t ld, i
     const T* own = partial + p * ld;
     for (int64_t j = from(p); j < n; ++j) y[j] += own[j];
   }
-}
-
-// S (kBlock x kBlock, upper triangular) of the product of a block's reflectors, I - V S V^T, column by column:
-// S[i][i] = factor_i, S[0..i, i] = -factor_i S V^T v_i. Returns whether there is any.
-template <typename T>
-bool block_reflector(const T* v_rows, const double* factor, int64_t k0, int64_t rows, int64_t ld, T* s) {
-  bool any = false;
-  T along[kBlock];
-  std::fill(s, s + kCells, T(0));
-  for (int64_t i = 0; i < rows; ++i) {
-    any = any || factor[i] != 0.0;
-    dots(i, v_rows, ld, v_rows + i * ld, k0, ld, along);
-    for (int64_t q = 0; q < i; ++q) {
-      double total = 0.0;
-      for (int64_t r = q; r < i; ++r) total += static_cast<double>(s[q * kBlock + r] * along[r]);
-      s[q * kBlock + i] = static_cast<T>(-factor[i] * total);
-    }
-    s[i * kBlock + i] = static_cast<T>(factor[i]);
-  }
-  return any;
 }
 
 }  // namespace
@@ -330,46 +335,42 @@ void Tridiagonal::smallest_subspace(int64_t count, double below, double* rows) {
 
 template <typename T>
 void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double unit, Memory<T>& memory, T* out) {
-  const int64_t n = n_, ld = ld_, shifts = function.size(), blocks = (n + kBlock - 1) / kBlock, end = gram_ld(n);
+  const int64_t n = n_, ld = ld_, shifts = function.size(), end = gram_ld(n);
+  const int64_t wide = (shifts + 7) / 8 * 8;  // idle lanes invert T + 1, for nothing
   const double* diagonal = vectors_.data();
   const double* off = diagonal + n;
   const double* factor = off + n;
   const T* reflectors = memory.reflectors.data();
   T* pair = memory.panel.data();
 
-  double* pivot = shifts_.reserve(shifts * n + shifts * (kBlock + 4) + kCells);  // inverses of the pivots
-  double* inside = pivot + shifts * n;        // shifts x kBlock: the row within the block
-  double* corner = inside + shifts * kBlock;  // last diagonal entry of each inverse
-  double* reach = corner + shifts;            // product of the ratios of a block
-  double* shift = reach + shifts;
-  double* weight = shift + shifts;
-  double* block = weight + shifts;  // kBlock x kBlock: f(T) within the block
+  double* inverse = shifts_.reserve(wide * (n + 2 * kBlock + 4) + kCells);  // of the pivots
+  double* shift = inverse + wide * n;
+  double* weight = shift + wide;
+  double* corner = weight + wide;         // last diagonal entry of each inverse
+  double* reach = corner + wide;          // see shifted_ratios()
+  double* ratio = reach + wide;           // kBlock x wide
+  double* entry = ratio + kBlock * wide;  // kBlock x wide
+  double* block = entry + kBlock * wide;  // kBlock x kBlock: f(T) within the block
 
-  T* row = memory.work.reserve(shifts * (ld + kBlock) + blocks * kCells + Crew::kParts * kCells +
+  T* row = memory.work.reserve(shifts * ld + kBlock * wide + Crew::kParts * kCells +
                                (Crew::kParts + 1) * kBlock * ld);
-  T* ratios = row + shifts * ld;                     // shifts x kBlock: weight * ratio to the first turned row
-  T* s_matrices = ratios + shifts * kBlock;          // S of every block's reflector
-  T* small_parts = s_matrices + blocks * kCells;     // of V^T F V, by the crew's parts
+  T* ratios = row + shifts * ld;                     // kBlock x wide: weight * ratio to the first turned row
+  T* small_parts = ratios + kBlock * wide;           // of V^T V and V^T F V, by the crew's parts
   T* product = small_parts + Crew::kParts * kCells;  // rows: F V, and what the other parts add to it
   T* turned = product + Crew::kParts * kBlock * ld;  // end x kBlock: V^T of the block in hand
   std::fill(row, row + shifts * ld, T(0));
+  std::fill(shift, shift + wide, 1.0);
+  std::fill(weight, weight + 2 * wide, 0.0);
   for (int64_t s = 0; s < shifts; ++s) {
     // (A + s)^-1 = scale (scale A + scale s)^-1.
     shift[s] = function.shift[static_cast<size_t>(s)] * scale_;
     weight[s] = function.weight[static_cast<size_t>(s)] / unit * scale_;
-    double* inverse = pivot + s * n;
-    inverse[0] = 1.0 / (diagonal[0] + shift[s]);
-    for (int64_t i = 1; i < n; ++i)
-      inverse[i] = 1.0 / (diagonal[i] + shift[s] - off[i - 1] * off[i - 1] * inverse[i - 1]);
   }
-  const auto rows_of = [&](int64_t b) { return std::min(n - b * kBlock, kBlock); };
-  std::vector<char> turns(static_cast<size_t>(blocks));  // whether a block has any reflector
-  crew.run([&](int64_t part) {
-    for (int64_t b = part; b < blocks; b += Crew::kParts) {
-      turns[static_cast<size_t>(b)] = block_reflector(reflectors + b * kBlock * ld, factor + b * kBlock,
-                                                      b * kBlock, rows_of(b), ld, s_matrices + b * kCells);
-    }
-  });
+  invert_pivots(n, wide, diagonal, off, shift, inverse);
+  const auto add_small_parts = [&] {
+    for (int64_t p = 1; p < Crew::kParts; ++p)
+      for (int64_t i = 0; i < kCells; ++i) small_parts[i] += small_parts[p * kCells + i];
+  };
 
   // The block whose V W^T + W V^T, in `pair`, has not been subtracted yet, from its first column on.
   int64_t pending = n, pending_rows = 0;
@@ -378,48 +379,34 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
     if (from < i1) symmetric_update(pair, pair + 2 * pending_rows * ld, 2 * pending_rows, out, ld, from, i1, n);
   };
 
-  T* targets[kBlock];
-  for (int64_t k0 = (blocks - 1) * kBlock; k0 >= 0; k0 -= kBlock) {
-    const int64_t rows = rows_of(k0 / kBlock), k1 = k0 + rows;
+  for (int64_t k0 = (n - 1) / kBlock * kBlock; k0 >= 0; k0 -= kBlock) {
+    const int64_t rows = std::min(n - k0, kBlock), k1 = k0 + rows, columns = (rows + 7) / 8 * 8;
     T* w_rows = pair + rows * ld;
     // --- Rows k0 .. k1 of f(T), to the right of k1 in terms of the turned rows.
     for (int64_t i = k0; i < k1; ++i) std::fill(out + i * ld + k0, out + (i + 1) * ld, T(0));
-    std::fill(block, block + kCells, 0.0);
-    for (int64_t s = 0; s < shifts; ++s) {
-      double along = 1.0;
-      double* own = inside + s * kBlock;
-      for (int64_t i = k1 - 1; i >= k0; --i) {
-        const double inverse = pivot[s * n + i];
-        const double ratio = i + 1 < n ? -off[i] * inverse : 0.0;
-        along *= ratio;
-        corner[s] = inverse + (i + 1 < n ? ratio * ratio * corner[s] : 0.0);
-        own[i - k0] = corner[s];
-        for (int64_t j = i + 1; j < k1; ++j) own[j - k0] *= ratio;
-        for (int64_t j = i; j < k1; ++j) block[(i - k0) * kBlock + j - k0] += weight[s] * own[j - k0];
-        ratios[s * kBlock + i - k0] = static_cast<T>(weight[s] * along);
-      }
-      reach[s] = along;
-      for (int64_t i = rows; i < kBlock; ++i) ratios[s * kBlock + i] = T(0);
-    }
+    shifted_ratios(wide, k0, rows, n, off, inverse, weight, corner, ratio, entry, reach, ratios);
+    if (k1 < n) nn_accumulate(ratios, wide, row + k1, ld, shifts, out + k0 * ld + k1, ld, rows, ld - k1);
+    shifted_rows(shifts, wide, k0, rows, weight, ratio, entry, reach, block, row, ld);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = i; j < rows; ++j) out[(k0 + i) * ld + k0 + j] = static_cast<T>(block[i * kBlock + j]);
-    if (k1 < n) {
-      for (int64_t i = 0; i < rows; ++i) targets[i] = out + (k0 + i) * ld + k1;
-      tn_accumulate(ratios, kBlock, row + k1, ld, shifts, T(1), targets, rows, ld - k1);
-    }
-    for (int64_t s = 0; s < shifts; ++s) {
-      const T factor_of_row = static_cast<T>(reach[s]);
-      for (int64_t j = k1; j < n; ++j) row[s * ld + j] *= factor_of_row;
-      for (int64_t i = 0; i < rows; ++i) row[s * ld + k0 + i] = static_cast<T>(inside[s * kBlock + i]);
-    }
-    if (turns[static_cast<size_t>(k0 / kBlock)] == 0) continue;
+    const bool turns = std::any_of(factor + k0, factor + k1, [](double own) { return own != 0.0; });
+    if (!turns) continue;
     const T* v_rows = reflectors + k0 * ld;
-    const T* s_matrix = s_matrices + k0 / kBlock * kCells;
 
     crew.run([&](int64_t part) {
-      for (int64_t j = k0 + part * kTile; j < end; j += Crew::kParts * kTile)
-        turn(v_rows + j, ld, rows, std::min(kTile, end - j), turned + j * kBlock, kBlock);
+      T* gram = small_parts + part * kCells;
+      T* own[kBlock];
+      for (int64_t i = 0; i < rows; ++i) own[i] = gram + i * kBlock;
+      std::fill_n(gram, kCells, T(0));
+      for (int64_t j = k0 + part * kTile; j < end; j += Crew::kParts * kTile) {
+        const int64_t width = std::min(kTile, end - j);
+        turn(v_rows + j, ld, rows, width, turned + j * kBlock, kBlock);
+        tn_accumulate(turned + j * kBlock, kBlock, turned + j * kBlock, kBlock, width, T(1), own, rows, columns);
+      }
     });
+    add_small_parts();
+    T turned_s[kCells];
+    block_reflector(rows, small_parts, factor + k0, turned_s);
 
     // --- F V, as rows, of the upper triangle: a tile of F is multiplied as it is and as what it mirrors, just
     // after the update that it was left.
@@ -449,15 +436,15 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
         }
       }
       // --- The turned rows: g - (g V) S^T V^T.
-      for (int64_t s = part; s < shifts; s += Crew::kParts) {
-        T along[kBlock], coefficients[kBlock];
+      constexpr int64_t kSome = 4;
+      for (int64_t s = part * kSome; s < shifts; s += Crew::kParts * kSome) {
+        const int64_t some = std::min(kSome, shifts - s);
+        T along[kSome * kBlock] = {}, coefficients[kSome * kBlock] = {};
         T* own = row + s * ld + k0;
-        dots(rows, v_rows, ld, row + s * ld, k0, ld, along);
-        for (int64_t i = 0; i < rows; ++i) {
-          coefficients[i] = T(0);
-          for (int64_t q = i; q < rows; ++q) coefficients[i] += along[q] * s_matrix[i * kBlock + q];
-        }
-        tn_accumulate(coefficients, 1, v_rows + k0, ld, rows, T(-1), &own, 1, ld - k0);
+        nn_accumulate(own, ld, turned + k0 * kBlock, kBlock, end - k0, along, kBlock, some, columns);
+        for (T& each : along) each = -each;
+        nn_accumulate(along, kBlock, turned_s, kBlock, rows, coefficients, kBlock, some, columns);
+        nn_accumulate(coefficients, kBlock, v_rows + k0, ld, rows, own, ld, some, ld - k0);
       }
     });
     // fn(first, last) for a part's columns from k0 on.
@@ -470,18 +457,13 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
       for_columns(part, [&](int64_t j0, int64_t j1) {
         for (int64_t p = 1; p < Crew::kParts; ++p)
           add_rows(rows, product + p * kBlock * ld, ld, std::max(j0, bands.edge[p]), j1, product);
-        for (int64_t i = 0; i < rows; ++i) {
-          T along[kBlock];
-          dots(rows, v_rows, ld, product + i * ld, j0, j1, along);
-          for (int64_t q = 0; q < rows; ++q) small[i * kBlock + q] += along[q];
-        }
+        nn_accumulate(product + j0, ld, turned + j0 * kBlock, kBlock, j1 - j0, small, kBlock, rows, columns);
       });
     });
     // --- W = F V S^T - V (S V^T F V S^T) / 2. Rows of W are sums over rows of F V and of V, by the transposes of
     // the coefficients.
-    T turned_s[kCells], middle[kCells], turned_middle[kCells], weights[kCells];
-    for (int64_t p = 1; p < Crew::kParts; ++p)
-      for (int64_t i = 0; i < kCells; ++i) small_parts[i] += small_parts[p * kCells + i];
+    T middle[kCells], turned_middle[kCells], weights[kCells];
+    add_small_parts();
     const auto turn_small = [&](const T* from, T* to) {
       for (int64_t q = 0; q < kBlock; ++q)
         for (int64_t i = 0; i < kBlock; ++i)
@@ -493,7 +475,6 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
       for (int64_t i = 0; i < rows; ++i) own[i] = to + i * kBlock;
       tn_accumulate(turned_s, kBlock, by, kBlock, rows, factor_of_all, own, rows, kBlock);
     };
-    turn_small(s_matrix, turned_s);
     multiply_by_s(small_parts, T(1), middle);
     turn_small(middle, turned_middle);
     multiply_by_s(turned_middle, T(0.5), weights);

@@ -229,5 +229,98 @@ void mirror(T* a, int64_t ld, int64_t first, int64_t row_end, int64_t n) {
   }
 }
 
+// --- f(T), of which a shift is a lane: `wide` of them, a multiple of eight.
+
+using Reals = Vec<double, DSE_VECTOR_BYTES>;
+constexpr int64_t kReals = DSE_VECTOR_BYTES / sizeof(double);
+constexpr int64_t kBlockReals = kBlock / kReals;
+
+DSE_INLINE Reals load_reals(const double* p) { return *reinterpret_cast<const Reals*>(p); }
+DSE_INLINE void store_reals(double* p, const Reals& v) { *reinterpret_cast<Reals*>(p) = v; }
+
+// Inverses of the pivots of T + s = L D L^T: inverse[i * wide + s].
+void invert_pivots(int64_t n, int64_t wide, const double* diagonal, const double* off, const double* shift,
+                   double* inverse) {
+  for (int64_t s = 0; s < wide; s += kReals) {
+    const Reals own = load_reals(shift + s);
+    Reals before = 1.0 / (diagonal[0] + own);
+    store_reals(inverse + s, before);
+    for (int64_t i = 1; i < n; ++i) {
+      before = 1.0 / (diagonal[i] + own - off[i - 1] * off[i - 1] * before);
+      store_reals(inverse + i * wide + s, before);
+    }
+  }
+}
+
+// Rows k0 .. k0 + rows of the inverses, from the last one up. Every row is a multiple of the next one to the right
+// of the diagonal: ratio[i * wide + s], its diagonal entry is entry[i * wide + s]. ratios: those to the row below
+// the block, weighted; reach: that of the first row. `corner` is the diagonal entry below the block, and becomes
+// that of its first row.
+template <typename T>
+void shifted_ratios(int64_t wide, int64_t k0, int64_t rows, int64_t n, const double* off, const double* inverse,
+                    const double* weight, double* corner, double* ratio, double* entry, double* reach, T* ratios) {
+  for (int64_t s = 0; s < wide; s += kReals) {
+    Reals along = Reals{} + 1.0, diagonal = load_reals(corner + s);
+    const Reals own = load_reals(weight + s);
+    for (int64_t i = rows - 1; i >= 0; --i) {
+      const Reals pivot = load_reals(inverse + (k0 + i) * wide + s);
+      const Reals step = k0 + i + 1 < n ? -off[k0 + i] * pivot : Reals{};
+      along *= step;
+      diagonal = pivot + step * step * diagonal;
+      store_reals(ratio + i * wide + s, step);
+      store_reals(entry + i * wide + s, diagonal);
+      const Reals scaled = own * along;
+      for (int64_t l = 0; l < kReals; ++l) ratios[i * wide + s + l] = static_cast<T>(scaled[l]);
+    }
+    store_reals(corner + s, diagonal);
+    store_reals(reach + s, along);
+  }
+}
+
+// From these, f(T) within the block, into `block` (kBlock x kBlock) on and above the diagonal. The row below the
+// block of every inverse, in `turned` (ld apart), becomes the block's first one.
+template <typename T>
+void shifted_rows(int64_t shifts, int64_t wide, int64_t k0, int64_t rows, const double* weight, const double* ratio,
+                  const double* entry, const double* reach, double* block, T* turned, int64_t ld) {
+  Reals index[kBlockReals];
+  for (int64_t v = 0; v < kBlockReals; ++v)
+    for (int64_t l = 0; l < kReals; ++l) index[v][l] = static_cast<double>(v * kReals + l);
+  std::fill(block, block + kBlock * kBlock, 0.0);
+  for (int64_t s = 0; s < shifts; ++s) {
+    Reals row[kBlockReals] = {};
+    for (int64_t i = rows - 1; i >= 0; --i) {
+      const Reals own = Reals{} + entry[i * wide + s];
+      const auto here = static_cast<double>(i);
+      for (int64_t v = 0; v < kBlockReals; ++v) {
+        row[v] = index[v] == here ? own : row[v] * ratio[i * wide + s];
+        double* sum = block + i * kBlock + v * kReals;
+        store_reals(sum, load_reals(sum) + weight[s] * row[v]);
+      }
+    }
+    T* all = turned + s * ld;
+    const T factor = static_cast<T>(reach[s]);
+    for (int64_t j = k0 + kBlock; j < ld; ++j) all[j] *= factor;
+    for (int64_t v = 0; v < kBlockReals; ++v)
+      for (int64_t l = 0; l < kReals; ++l) all[k0 + v * kReals + l] = static_cast<T>(row[v][l]);
+  }
+}
+
+// S of the product of a block's reflectors, I - V S V^T, turned: row by row of it, S[i][i] = factor[i] and
+// S[0..i, i] = -factor[i] S V^T v_i. `gram` is V^T V, of which the upper triangle is read; kBlock x kBlock both.
+template <typename T>
+void block_reflector(int64_t rows, const T* gram, const double* factor, T* turned) {
+  double s[kBlock * kBlock] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    Reals total[kBlockReals] = {};
+    for (int64_t r = 0; r < i; ++r) {
+      const double along = static_cast<double>(gram[r * kBlock + i]);
+      for (int64_t v = 0; v < kBlockReals; ++v) total[v] += load_reals(s + r * kBlock + v * kReals) * along;
+    }
+    for (int64_t v = 0; v < kBlockReals; ++v) store_reals(s + i * kBlock + v * kReals, -factor[i] * total[v]);
+    s[i * kBlock + i] = factor[i];
+  }
+  for (int64_t i = 0; i < kBlock * kBlock; ++i) turned[i] = static_cast<T>(s[i]);
+}
+
 }  // namespace
 }  // namespace dse::cpu::DSE_ISA
