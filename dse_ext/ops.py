@@ -22,7 +22,7 @@ _IMAGE_KERNEL_POSITIONS = 256  # csrc/cuda/heuristics.h
 LIBRARIES: dict[str, Path] = {}
 """Native libraries that were loaded: name -> path."""
 
-INT16_CHOICES = ("auto", "never", "always")
+INT16_CHOICES = ("auto", "never", "always", "vectors", "tiles")
 """Values of the environment variable ``DSE_EXT_INT16``, which the CPU kernels read."""
 
 FAILURES: dict[str, str] = {}

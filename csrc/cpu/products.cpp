@@ -22,7 +22,7 @@ namespace dse::cpu {
                      int64_t m, int64_t n) {                                                                  \
     DSE_CALL_BY_ISA(tn_accumulate, a, lda, b, ldb, depth, alpha, out, m, n);                                  \
   }                                                                                                           \
-  void nn_accumulate(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo,     \
+  void nn_accumulate(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t depth, T* out, int64_t ldo,    \
                      int64_t m, int64_t n) {                                                                  \
     DSE_CALL_BY_ISA(nn_accumulate, a, lda, b, ldb, depth, out, ldo, m, n);                                    \
   }                                                                                                           \

@@ -1,5 +1,7 @@
 // Registers the CPU kernels with torch.
 
+#include <string>
+
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/operators.h"
@@ -13,11 +15,13 @@ STABLE_TORCH_LIBRARY_IMPL(dse_ext, CPU, m) {
 
 // What the CPU kernels use of this processor, for `dse-ext info`.
 extern "C" __attribute__((visibility("default"))) const char* dse_ext_cpu_kernels() {
-  const bool is_short = dse::cpu::uses_short_products();
-  switch (dse::cpu::kIsa) {
-    case dse::cpu::Isa::kAvx512: return is_short ? "AVX-512, 16-bit products" : "AVX-512";
-    case dse::cpu::Isa::kAvx2: return is_short ? "AVX2, 16-bit products" : "AVX2";
-    case dse::cpu::Isa::kBaseline: return is_short ? "baseline, 16-bit products" : "baseline";
-  }
-  return "";
+  static const std::string kernels = [] {
+    std::string text = "baseline";
+    if (dse::cpu::kIsa == dse::cpu::Isa::kAvx512) text = "AVX-512";
+    else if (dse::cpu::kIsa == dse::cpu::Isa::kAvx2) text = "AVX2";
+    if (dse::cpu::uses_short_products()) text += ", 16-bit products";
+    if (dse::cpu::uses_tiles()) text += " in tiles";
+    return text;
+  }();
+  return kernels.c_str();
 }

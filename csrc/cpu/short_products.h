@@ -16,8 +16,11 @@
 namespace dse::cpu {
 
 // Whether 16-bit products are faster here than float32 ones. The environment variable DSE_EXT_INT16 says `never`
-// or `always` instead; the latter is slow where the processor has no instruction for them.
+// or `always` instead; the latter is slow where the processor has no instruction for them. `vectors` and
+// `tiles`: always, and in these.
 bool uses_short_products();
+// In AMX's tiles, of which the processor has them and the system gives them: that is faster still.
+bool uses_tiles();
 
 // Two neighbours in the direction that is summed over, each an int16.
 using ShortPair = int32_t;
@@ -25,6 +28,8 @@ using ShortPair = int32_t;
 // Columns of a panel: what a tile reads of its right operand is contiguous.
 inline constexpr int64_t kShortPanel = 48;
 inline constexpr int64_t kShortRun = 32;
+// Pairs that may be read behind the last panel, whatever they are.
+inline constexpr int64_t kShortSlack = 16 * kShortPanel;
 // Root mean square rounding of the entries of both operands together, relative to themselves.
 inline constexpr double kShortRounding = 7e-5;
 // What a gradient may lose to each of two such roundings, of the second moment's rows and of the product's

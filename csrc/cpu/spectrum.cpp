@@ -136,9 +136,7 @@ void fill_short_gram(const float* matrix, const RowSet& set, Spectrum& s, Spectr
   std::fill(s.gram, s.gram + m * ldg, 0.0);
   const auto add_products = [&](const ShortPair* panels, int64_t height, int64_t pairs, const float* step) {
     for (int64_t i = 0; i < m; i += kGramTile)
-      for (int64_t j = i; j < m; j += kGramTile)
-        short_gram_upper(panels, height, pairs, step, s.gram, ldg, i, std::min(m, i + kGramTile), j,
-                         std::min(m, j + kGramTile));
+      short_gram_upper(panels, height, pairs, step, s.gram, ldg, i, std::min(m, i + kGramTile), i, m);
   };
   double squares = 0.0;  // of the steps
   if (n <= d) {
@@ -155,7 +153,7 @@ void fill_short_gram(const float* matrix, const RowSet& set, Spectrum& s, Spectr
     s.row_error = std::sqrt(squares / (12.0 * static_cast<double>(n)));
     return;
   }
-  ShortPair* panels = ws.short_panels.reserve(kShortRows / 2 * ldg);
+  ShortPair* panels = ws.short_panels.reserve(kShortRows / 2 * ldg + kShortSlack);
   float* step = ws.narrow_turned.reserve(ldg + kShortRows * kShortPanel);
   float* panel = step + ldg;
   for (int64_t r = 0; r < n; r += kShortRows) {

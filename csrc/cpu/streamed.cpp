@@ -139,7 +139,9 @@ double short_column_gram(const RowSet& set, double* gram, double* rounding) {
   const int64_t d = set.x->dim, n = set.n, ldg = stream_ld(d), panels = ldg / kShortPanel;
   const int64_t all = std::max<int64_t>(1, (n + kShortRows / 2) / kShortRows);
   const int64_t part_rows = (n + all - 1) / all, part_pairs = (part_rows + 1) / 2;
-  Buffer<ShortPair> block(std::min(kParts, all) * part_pairs * ldg);
+  // AMX turns columns for every tile, and is the faster for wide ones.
+  const int64_t side = uses_tiles() && d >= 6 * kGramTile ? 2 * kGramTile : kGramTile;
+  Buffer<ShortPair> block(std::min(kParts, all) * part_pairs * ldg + kShortSlack);
   Buffer<float> step(kParts * ldg), work(max_workers() * part_rows * kShortPanel);
   std::vector<double> added(static_cast<size_t>(d));  // to the squares of columns, by their rounding
   for (int64_t begin = 0; begin < n; begin += kParts * part_rows) {
@@ -165,7 +167,7 @@ double short_column_gram(const RowSet& set, double* gram, double* rounding) {
         added[static_cast<size_t>(f)] += own * own * static_cast<double>(height(part)) / 12.0;
       }
     }
-    for_each_upper_tile(0, d, kGramTile, d * d * rows / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+    for_each_upper_tile(0, d, side, d * d * rows / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
       // Zeroed by whom it is of.
       if (begin == 0)
         for (int64_t i = i0; i < i1; ++i)

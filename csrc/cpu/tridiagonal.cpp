@@ -79,12 +79,14 @@ void invert_pivots(int64_t n, int64_t wide, const double* diagonal, const double
 }
 template <typename T>
 void shifted_ratios(int64_t wide, int64_t k0, int64_t rows, int64_t n, const double* off, const double* inverse,
-                    const double* weight, double* corner, double* ratio, double* entry, double* reach, T* ratios) {
+                    const double* weight, double* corner, double* ratio, double* entry, double* reach,
+                    T* ratios) {
   DSE_CALL_BY_ISA(shifted_ratios, wide, k0, rows, n, off, inverse, weight, corner, ratio, entry, reach, ratios);
 }
 template <typename T>
-void shifted_rows(int64_t shifts, int64_t wide, int64_t k0, int64_t rows, const double* weight, const double* ratio,
-                  const double* entry, const double* reach, double* block, T* turned, int64_t ld) {
+void shifted_rows(int64_t shifts, int64_t wide, int64_t k0, int64_t rows, const double* weight,
+                  const double* ratio, const double* entry, const double* reach, double* block, T* turned,
+                  int64_t ld) {
   DSE_CALL_BY_ISA(shifted_rows, shifts, wide, k0, rows, weight, ratio, entry, reach, block, turned, ld);
 }
 template <typename T>
@@ -352,8 +354,8 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
   double* entry = ratio + kBlock * wide;  // kBlock x wide
   double* block = entry + kBlock * wide;  // kBlock x kBlock: f(T) within the block
 
-  T* row = memory.work.reserve(shifts * ld + kBlock * wide + Crew::kParts * kCells +
-                               (Crew::kParts + 1) * kBlock * ld);
+  T* row =
+      memory.work.reserve(shifts * ld + kBlock * wide + Crew::kParts * kCells + (Crew::kParts + 1) * kBlock * ld);
   T* ratios = row + shifts * ld;                     // kBlock x wide: weight * ratio to the first turned row
   T* small_parts = ratios + kBlock * wide;           // of V^T V and V^T F V, by the crew's parts
   T* product = small_parts + Crew::kParts * kCells;  // rows: F V, and what the other parts add to it

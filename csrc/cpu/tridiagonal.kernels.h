@@ -252,13 +252,14 @@ void invert_pivots(int64_t n, int64_t wide, const double* diagonal, const double
   }
 }
 
-// Rows k0 .. k0 + rows of the inverses, from the last one up. Every row is a multiple of the next one to the right
-// of the diagonal: ratio[i * wide + s], its diagonal entry is entry[i * wide + s]. ratios: those to the row below
-// the block, weighted; reach: that of the first row. `corner` is the diagonal entry below the block, and becomes
-// that of its first row.
+// Rows k0 .. k0 + rows of the inverses, from the last one up. Every row is a multiple of the next one to the
+// right of the diagonal: ratio[i * wide + s], its diagonal entry is entry[i * wide + s]. ratios: those to the row
+// below the block, weighted; reach: that of the first row. `corner` is the diagonal entry below the block, and
+// becomes that of its first row.
 template <typename T>
 void shifted_ratios(int64_t wide, int64_t k0, int64_t rows, int64_t n, const double* off, const double* inverse,
-                    const double* weight, double* corner, double* ratio, double* entry, double* reach, T* ratios) {
+                    const double* weight, double* corner, double* ratio, double* entry, double* reach,
+                    T* ratios) {
   for (int64_t s = 0; s < wide; s += kReals) {
     Reals along = Reals{} + 1.0, diagonal = load_reals(corner + s);
     const Reals own = load_reals(weight + s);
@@ -280,8 +281,9 @@ void shifted_ratios(int64_t wide, int64_t k0, int64_t rows, int64_t n, const dou
 // From these, f(T) within the block, into `block` (kBlock x kBlock) on and above the diagonal. The row below the
 // block of every inverse, in `turned` (ld apart), becomes the block's first one.
 template <typename T>
-void shifted_rows(int64_t shifts, int64_t wide, int64_t k0, int64_t rows, const double* weight, const double* ratio,
-                  const double* entry, const double* reach, double* block, T* turned, int64_t ld) {
+void shifted_rows(int64_t shifts, int64_t wide, int64_t k0, int64_t rows, const double* weight,
+                  const double* ratio, const double* entry, const double* reach, double* block, T* turned,
+                  int64_t ld) {
   Reals index[kBlockReals];
   for (int64_t v = 0; v < kBlockReals; ++v)
     for (int64_t l = 0; l < kReals; ++l) index[v][l] = static_cast<double>(v * kReals + l);

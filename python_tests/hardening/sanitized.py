@@ -21,7 +21,13 @@ ROOT = HERE.parents[1]
 OPTIONS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     # The code of 64-byte vectors, on whatever processor: split into what it has.
-    "wide": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DDSE_EMULATE_AVX512"],
+    # In it 16-bit products are in tiles, in the threads' in vectors.
+    "wide": [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-DDSE_EMULATE_AVX512",
+        "-DDSE_EMULATE_TILES",
+    ],
     "thread": ["-fsanitize=thread", "-DDSE_THREADS_ALWAYS", "-DDSE_EMULATE_AVX512"],
 }
 # Memory is filled with bytes that are NaN as numbers and absurd as indices: what is read before it
