@@ -43,6 +43,9 @@ namespace {
 
 constexpr int64_t kCells = kBlock * kBlock;
 constexpr int64_t kTile = 96;
+// Sides from which on sums are shared out among parts. Smaller matrices are many, as a rule, and threads have one
+// each.
+constexpr int64_t kWorthParts = kWorthThreads == 0 ? 0 : 640;
 // Columns that a mixed reduction does in float64 at least.
 constexpr int64_t kFirstWide = 8;
 
@@ -103,8 +106,10 @@ void mirror(T* a, int64_t ld, int64_t first, int64_t row_end, int64_t n) {
 struct Bands {
   int64_t edge[Crew::kParts + 1];
 
-  Bands(int64_t first, int64_t n) {
-    for (int64_t p = 0; p < Crew::kParts; ++p) {
+  // Of a matrix that is not worth parts, all rows are the first one's.
+  Bands(int64_t first, int64_t n, bool has_parts = true) {
+    std::fill(edge, edge + Crew::kParts, n);
+    for (int64_t p = 0; p < (has_parts ? Crew::kParts : 1); ++p) {
       const double left = std::sqrt(1.0 - static_cast<double>(p) / static_cast<double>(Crew::kParts));
       const int64_t row = first + static_cast<int64_t>(static_cast<double>(n - first) * (1.0 - left));
       edge[p] = row / kGramPanel * kGramPanel;
@@ -139,8 +144,7 @@ void symmetric_update(Crew& crew, const Bands& bands, const T* pair, const T* ne
 template <typename T>
 void symmetric_product(Crew& crew, const Bands& bands, const T* a, int64_t ld, int64_t first, int64_t n,
                        const T* v, T* partial, T* y) {
-  constexpr bool kAlways = kWorthThreads == 0;
-  constexpr int64_t kWorthParts = kAlways ? 0 : 640, kColumns = kAlways ? 32 : 320;
+  constexpr int64_t kColumns = kWorthThreads == 0 ? 32 : 320;
   const int64_t begin = down(first);
   if (n < kWorthParts || n - first < kColumns) {
     symmetric_product(a, ld, begin, n, n, v, y);
@@ -412,7 +416,7 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
 
     // --- F V, as rows, of the upper triangle: a tile of F is multiplied as it is and as what it mirrors, just
     // after the update that it was left.
-    const Bands bands(k0, n);
+    const Bands bands(k0, n, n >= kWorthParts);
     crew.run([&](int64_t part) {
       const int64_t first = bands.edge[part], last = bands.edge[part + 1];
       T* sums = product + part * kBlock * ld;
