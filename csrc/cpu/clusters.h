@@ -38,9 +38,6 @@ void append_clusters(const ClusterIndex& index, int64_t k, int64_t d, T* slots, 
   }
 }
 
-// Whether clusters of n / k rows use most of their slots: of n / k * d elements, the square of the smaller side.
-inline bool fills_slots(int64_t n, int64_t k, int64_t d) { return 4 * n >= 3 * k * d; }
-
 // Largest clusters first, so that the last tasks to run are short. `beside` is one more task, run by whichever
 // thread is first.
 template <typename T>

@@ -57,10 +57,8 @@ class Forward {
     global_labels_ = empty(z, {p_.images, p_.positions}, ScalarType::Long);
     centroids_ = empty(z, {p_.groups(), p_.global_clusters, p_.dim}, real);
     const int64_t kept = save ? 1 : 0;
-    saved_local_ = lazy_zeros({kept * p_.images, p_.positions, p_.dim}, real,
-                              fills_slots(p_.positions, p_.local_clusters, p_.dim));
-    saved_global_ = lazy_zeros({kept * p_.images, p_.positions, p_.dim}, real,
-                               fills_slots(p_.group_images * p_.positions, p_.global_clusters, p_.dim));
+    saved_local_ = lazy_zeros({kept * p_.images, p_.positions, p_.dim}, real);
+    saved_global_ = lazy_zeros({kept * p_.images, p_.positions, p_.dim}, real);
     saved_dim_ = empty(z, {kept * dim_matrices(p_), dim_side(p_), dim_side(p_)}, ScalarType::Double);
     saved_rows_ = empty(z, {kept * rows_.size()}, ScalarType::Double);
     saved_index_ = empty(z, {kept * index_.size()}, ScalarType::Long);

@@ -10,8 +10,7 @@
 
 namespace dse::cpu {
 
-torch::stable::Tensor lazy_zeros(const std::vector<int64_t>& shape, torch::headeronly::ScalarType type,
-                                 [[maybe_unused]] bool large_pages) {
+torch::stable::Tensor lazy_zeros(const std::vector<int64_t>& shape, torch::headeronly::ScalarType type) {
   const torch::stable::Device device(torch::headeronly::DeviceType::CPU);
   const int64_t item = type == torch::headeronly::ScalarType::Double ? 8 : 4;
   std::vector<int64_t> strides(shape.size(), 1);
@@ -32,8 +31,8 @@ torch::stable::Tensor lazy_zeros(const std::vector<int64_t>& shape, torch::heade
   // Anonymous pages read as zero, and none exists before it is written.
   void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  if (large_pages) madvise(data, bytes, MADV_HUGEPAGE);
+#ifdef MADV_NOHUGEPAGE
+  madvise(data, bytes, MADV_NOHUGEPAGE);  // where the system gives them unasked
 #endif
   return torch::stable::from_blob(data, {shape.data(), shape.size()}, {strides.data(), strides.size()}, device,
                                   type, [bytes](void* pages) { munmap(pages, bytes); });

@@ -9,9 +9,8 @@
 namespace dse::cpu {
 
 // A contiguous float32 or float64 CPU tensor. The slots that the forward pass leaves for the backward pass have
-// room for the worst case, of which a few percent may be used: only those cost memory and time. Where most of
-// them will be, `large_pages` saves a fault a page.
-torch::stable::Tensor lazy_zeros(const std::vector<int64_t>& shape, torch::headeronly::ScalarType type,
-                                 bool large_pages);
+// room for the worst case, of which a few percent may be used: only those cost memory and time. In small pages: large
+// ones are zeroed whole, which threads wait for.
+torch::stable::Tensor lazy_zeros(const std::vector<int64_t>& shape, torch::headeronly::ScalarType type);
 
 }  // namespace dse::cpu

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& labels
   const std::array<int64_t, 2> shape{groups, k};
   const std::array<int64_t, 2> form_shape{kept, k};
   Tensor norms = torch::stable::new_empty(x, {shape.data(), 2}, real);
-  Tensor saved = lazy_zeros({kept, n, d}, real, fills_slots(n, k, d));
+  Tensor saved = lazy_zeros({kept, n, d}, real);
   Tensor form = torch::stable::new_empty(x, {form_shape.data(), 2}, ScalarType::Long);
   auto* norm_data = static_cast<T*>(norms.mutable_data_ptr());
   auto* form_data = static_cast<int64_t*>(form.mutable_data_ptr());
