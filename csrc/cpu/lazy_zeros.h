@@ -9,8 +9,8 @@
 namespace dse::cpu {
 
 // A contiguous float32 or float64 CPU tensor. The slots that the forward pass leaves for the backward pass have
-// room for the worst case, of which a few percent may be used: only those cost memory and time. In small pages: large
-// ones are zeroed whole, which threads wait for.
+// room for the worst case, of which a few percent may be used: only those cost memory and time. In small pages:
+// large ones are zeroed whole, which threads wait for.
 torch::stable::Tensor lazy_zeros(const std::vector<int64_t>& shape, torch::headeronly::ScalarType type);
 
 }  // namespace dse::cpu
