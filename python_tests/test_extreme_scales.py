@@ -9,6 +9,8 @@ from features import clustered, random_labels
 from parity import SCORE, assert_components, assert_gradient, library, reference, tolerance
 from torch import Tensor
 
+import dse_ext
+
 SHAPE = (4, 9, 6)
 SCALES = {
     torch.float64: (1e-150, 1e-30, 1e30, 1e120),
@@ -79,3 +81,11 @@ def test_ends_of_the_range(
         right = (gradient - expected.gradient).abs() <= limit.gradient * largest
         assert bool((right | ~gradient.isfinite()).all())
         assert bool((~gradient.isfinite())[expected.gradient.abs() > span.max * 1.01].all())
+
+
+def test_subnormals_are_as_before_a_call() -> None:
+    """Large matrices are reduced without them; the caller's threads are not left so."""
+    small = torch.full((1 << 16,), 1e-40)
+    x = clustered(1, 300, 200).float().requires_grad_()
+    dse_ext.effective_rank(x).sum().backward()
+    assert bool((small * 1.0 > 0).all())

@@ -77,13 +77,14 @@ CLOUDS = {
 }
 # (B, N, d), clusters an image: odd numbers of rows, positions and features; sides that are no
 # multiples of panels; more features than one block of depth; clusters of more rows than features,
-# of fewer, and of as many.
+# of fewer, and of as many; of more than one chunk of tiles, and a part of one.
 CASES = {
     "odd": ((3, 301, 193), 1),
     "panels": ((4, 500, 392), 1),
     "deep": ((5, 500, 1000), 1),
     "tall": ((2, 700, 176), 2),
     "square": ((2, 576, 192), 3),
+    "chunks": ((3, 300, 330), 1),
 }
 
 
@@ -114,7 +115,11 @@ def measure(cases: list[str]) -> dict[str, list[tuple[float, float]]]:
 
 
 # Tiles are slow where they are not the processor's: not with the largest case.
-SETTINGS = {"vectors": list(CASES), "tiles": ["odd", "tall", "square"], "never": list(CASES)}
+SETTINGS = {
+    "vectors": list(CASES),
+    "tiles": ["odd", "tall", "square", "chunks"],
+    "never": list(CASES),
+}
 LIMITS = {"vectors": 6e-4, "tiles": 6e-4, "never": 3e-4}
 Errors = dict[str, dict[str, list[tuple[float, float]]]]
 

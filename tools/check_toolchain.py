@@ -69,7 +69,7 @@ def compiler_problems() -> "list[str]":
     command = compiler.split()
     if shutil.which(command[0]) is None:
         return [
-            "no C++ compiler: '{}' is not found. Install g++ (11 or newer) or clang++ "
+            "no C++ compiler: '{}' is not found. Install g++ (12 or newer) or clang++ "
             "(14 or newer), or name one with 'make CXX=/path/to/c++'".format(compiler)
         ]
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +85,7 @@ def compiler_problems() -> "list[str]":
         return []
     output = build.stdout.decode(errors="replace").strip().splitlines()
     return [
-        "'{}' cannot build C++20 programs: {}. Name a newer one (g++ 11, clang++ 14) with "
+        "'{}' cannot build C++20 programs: {}. Name a newer one (g++ 12, clang++ 14) with "
         "'make CXX=/path/to/c++'".format(compiler, output[0] if output else "it failed")
     ]
 

@@ -136,20 +136,20 @@ class Crew {
   }
 
   // Calls main(crew) on this thread, with the other threads as helpers where there are any and `work`
-  // multiply-adds are worth it.
+  // multiply-adds are worth it. Without subnormals, in all of them.
   template <typename Main>
   static void gather(int64_t work, const Main& main) {
     const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), kParts);
     Crew crew;
     if (work < kWorthThreads || workers < 2) {
       crew.alone_ = true;
-      const NoSubnormals guard;
+      [[maybe_unused]] const NoSubnormals guard;
       main(crew);
       return;
     }
     std::exception_ptr failure;
     torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-      const NoSubnormals guard;
+      [[maybe_unused]] const NoSubnormals guard;
       for (int64_t worker = begin; worker < end; ++worker) {
         if (worker > 0) {
           crew.help(worker * kParts / workers);

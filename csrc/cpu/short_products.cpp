@@ -96,17 +96,19 @@ const bool kVnni = find_vnni();
 }
 
 ShortUse find_short_use() {
+  const char* variable = std::getenv("DSE_EXT_INT16");
+  const std::string_view wish = variable != nullptr ? variable : "auto";
+  if (wish == "never") return ShortUse::kNever;
+  if (wish == "vectors") return ShortUse::kVectors;
+  if (wish == "tiles") return ShortUse::kTiles;
 #if defined(DSE_EMULATE_TILES)
   return ShortUse::kTiles;
 #elif defined(DSE_EMULATE_AVX512)
   return ShortUse::kVectors;
 #else
-  const char* variable = std::getenv("DSE_EXT_INT16");
-  const std::string_view wish = variable != nullptr ? variable : "auto";
-  if (wish == "never") return ShortUse::kNever;
-  if (wish == "tiles" || (wish != "vectors" && has_amx())) return ShortUse::kTiles;
+  if (has_amx()) return ShortUse::kTiles;
   // find_vnni(): kVnni may not have been set yet.
-  return wish == "vectors" || wish == "always" || find_vnni() ? ShortUse::kVectors : ShortUse::kNever;
+  return wish == "always" || find_vnni() ? ShortUse::kVectors : ShortUse::kNever;
 #endif
 }
 
@@ -193,6 +195,8 @@ void ShortMatrix::clear_columns(int64_t first, int64_t count) {
     for (int64_t p = 0; p < pairs(); ++p) at(c)[p * panel_] = 0;
 }
 
+// The vectors' steps in any case, whose integers are not encoded. Tiles that are emulated may round the largest
+// number of a vector otherwise, by one.
 void round_as_short(float* rows, int64_t n, int64_t d, bool by_rows) {
   if (by_rows) {
     Buffer<int16_t> whole(d);
@@ -223,16 +227,16 @@ void round_as_short(float* rows, int64_t n, int64_t d, bool by_rows) {
 }
 
 void accumulate_product(const ShortMatrix& a, int64_t m, const ShortMatrix& b, float alpha, float* const* out) {
-  constexpr int64_t kMost = 96;
-  // What all rows of a block meet of a panel stays in the smallest cache, beside a few columns of A.
-  constexpr int64_t kPairs = 128;
-  float* shifted[kMost];
   const int64_t width = padded(b.columns());
   if (uses_tiles()) {
     DSE_CALL_TILES(tile_accumulate, a.data(0), a.panel(), b.data(0), b.pairs(), a.step(), b.step(), alpha, out, m,
                    width);
     return;
   }
+  constexpr int64_t kMost = 96;
+  // What all rows of a block meet of a panel stays in the smallest cache, beside a few columns of A.
+  constexpr int64_t kPairs = 128;
+  float* shifted[kMost];
   for (int64_t i0 = 0; i0 < m; i0 += kMost) {
     const int64_t count = std::min(kMost, m - i0);
     for (int64_t first = 0; first < width; first += b.panel()) {

@@ -1,5 +1,5 @@
 // Products of matrices in 16-bit integers, where the processor multiplies those twice as fast as float32
-// (AVX-512's VNNI).
+// (AVX-512's VNNI), or faster still (AMX).
 //
 // A vector is divided by a step of its own and rounded. The step is the smallest with which no inner product of
 // runs of kShortRun neighbours of two vectors leaves 32 bits, whatever their signs (Cauchy and Schwarz): integer
@@ -19,16 +19,17 @@ namespace dse::cpu {
 // or `always` instead; the latter is slow where the processor has no instruction for them. `vectors` and
 // `tiles`: always, and in these.
 bool uses_short_products();
-// In AMX's tiles, of which the processor has them and the system gives them: that is faster still.
+// In AMX's tiles: where the processor has them and the system gives them, or by wish.
 bool uses_tiles();
 
-// Two neighbours in the direction that is summed over, each an int16.
+// Two neighbours in the direction that is summed over, each an int16; as encode() has it (short_steps.kernels.h),
+// and for nobody but the products.
 using ShortPair = int32_t;
 
 // Columns of a panel: what a tile reads of its right operand is contiguous.
 inline constexpr int64_t kShortPanel = 48;
 inline constexpr int64_t kShortRun = 32;
-// Pairs that may be read behind the last panel, whatever they are.
+// Pairs that are read behind the last panel, whatever they are: who keeps panels has room for them.
 inline constexpr int64_t kShortSlack = 16 * kShortPanel;
 // Root mean square rounding of the entries of both operands together, relative to themselves.
 inline constexpr double kShortRounding = 7e-5;
@@ -48,7 +49,8 @@ void quantize_columns(const float* panel, int64_t rows, ShortPair* out, float* s
 inline constexpr int64_t kShortRows = 192;
 
 // C[i, j] += step[i] step[j] sum_r <a[r, i], b[r, j]> over the first `pairs` of such panels, which lie `height`
-// pairs apart: panel_gram_upper() of products.h.
+// pairs apart, with kShortSlack behind the last one: panel_gram_upper() of products.h. Panels and steps are there
+// for whole panels; i0 and j0 are multiples of 16.
 void short_gram_upper(const ShortPair* panels, int64_t height, int64_t pairs, const float* step, double* c,
                       int64_t ldc, int64_t i0, int64_t i1, int64_t j0, int64_t j1);
 
@@ -85,7 +87,8 @@ class ShortMatrix {
   int64_t depth_ = 0, columns_ = 0, panel_ = 1;
 };
 
-// out[i][j] += alpha * (A^T B)[i, j] for i < m, j < padded(B.columns()); A in one panel.
+// out[i][j] += alpha * (A^T B)[i, j] for i < m, j < padded(B.columns()); A in one panel, B in panels of
+// kShortPanel.
 void accumulate_product(const ShortMatrix& a, int64_t m, const ShortMatrix& b, float alpha, float* const* out);
 
 }  // namespace dse::cpu

@@ -4,7 +4,7 @@
 // Tiles multiply bytes: 16 columns of A with 16 of B, 64 bytes of each. An int16 is 256 h + l with two signed
 // bytes (encode()), and a product the sum of 65536 h h', 256 (h l' + l h') and l l'. B is used as it lies in
 // memory, pairs of (l, h); columns of A are turned, and each is there three times: (0, h) meets h', (l, 0) meets
-// l', and (h, l) meets both crosswise. All sums are exact.
+// l', and (h, l) meets both crosswise. Sums over a chunk of the depth are exact, and rounded to float32 once.
 
 namespace dse::cpu::DSE_ISA {
 namespace {
@@ -12,10 +12,11 @@ namespace {
 constexpr int64_t kTileSide = 16;                      // columns of either operand, and pairs
 constexpr int64_t kTileCells = kTileSide * kTileSide;  // of 32 bits
 constexpr int64_t kTileChunk = 8 * kTileSide;          // pairs at a time: what meets fits the smallest cache
-constexpr int64_t kBeside = 3;                         // rows of sums between two products of tiles
+// Sums of one kind stay integers that float32 holds.
+static_assert(2 * kTileChunk * 2 * (1 << 14) <= 1 << 24);
+constexpr int64_t kBeside = 3;  // rows of sums between two products of tiles
 
 using Row = Vec<ShortPair, 64>;
-using RowBytes = Vec<int8_t, 64>;
 using Sums = Vec<float, 64>;
 
 // --- The tiles.
@@ -39,6 +40,8 @@ class Tiles {
       shapes.bytes[tile] = 64;
       shapes.rows[tile] = 16;
     }
+    // Compilers take it for a read of the first eight bytes, and might leave out or postpone the others.
+    asm volatile("" : : "r"(&shapes) : "memory");
     _tile_loadconfig(&shapes);
   }
   ~Tiles() { _tile_release(); }

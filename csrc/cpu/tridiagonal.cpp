@@ -18,7 +18,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "common/rng.h"
 #include "cpu/dense.h"
@@ -43,8 +42,8 @@ namespace {
 
 constexpr int64_t kCells = kBlock * kBlock;
 constexpr int64_t kTile = 96;
-// Sides from which on sums are shared out among parts. Smaller matrices are many, as a rule, and threads have one
-// each.
+// Sides from which on sums are shared out among parts. Clusters, which are many, have smaller ones, and threads
+// have one each; of a single matrix that is smaller, one thread does most.
 constexpr int64_t kWorthParts = kWorthThreads == 0 ? 0 : 640;
 // Columns that a mixed reduction does in float64 at least.
 constexpr int64_t kFirstWide = 8;
@@ -366,7 +365,8 @@ void Tridiagonal::apply_by(Crew& crew, const ShiftedInverses& function, double u
   T* turned = product + Crew::kParts * kBlock * ld;  // end x kBlock: V^T of the block in hand
   std::fill(row, row + shifts * ld, T(0));
   std::fill(shift, shift + wide, 1.0);
-  std::fill(weight, weight + 2 * wide, 0.0);
+  std::fill(weight, weight + wide, 0.0);
+  std::fill(corner, corner + wide, 0.0);
   for (int64_t s = 0; s < shifts; ++s) {
     // (A + s)^-1 = scale (scale A + scale s)^-1.
     shift[s] = function.shift[static_cast<size_t>(s)] * scale_;

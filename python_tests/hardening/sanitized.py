@@ -21,7 +21,7 @@ ROOT = HERE.parents[1]
 OPTIONS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     # The code of 64-byte vectors, on whatever processor: split into what it has.
-    # In it 16-bit products are in tiles, in the threads' in vectors.
+    # 16-bit products are in tiles here, and in vectors in "thread".
     "wide": [
         "-fsanitize=address,undefined",
         "-fno-sanitize-recover=all",
