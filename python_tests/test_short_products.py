@@ -148,10 +148,16 @@ def test_accuracy(case: str, cloud: str, errors: Errors) -> None:
 @pytest.mark.parametrize("cloud", list(CLOUDS))
 @pytest.mark.parametrize("case", SETTINGS["tiles"])
 def test_tiles_multiply_the_same_integers(case: str, cloud: str, errors: Errors) -> None:
-    """Errors are those of the operands' rounding, which is the same."""
+    """Errors are those of the operands' rounding, which is the same.
+
+    Of the rank nearly to the digit; small singular values of clusters make more of a last bit.
+    """
     name = f"{case} {cloud}"
-    for tiles, vectors in zip(errors["tiles"][name], errors["vectors"][name], strict=True):
-        assert tiles[1] == pytest.approx(vectors[1], rel=0.35, abs=1e-6)
+    limits = (0.02, 0.35)  # of the rank and of the radii
+    for tiles, vectors, limit in zip(
+        errors["tiles"][name], errors["vectors"][name], limits, strict=True
+    ):
+        assert tiles[1] == pytest.approx(vectors[1], rel=limit, abs=1e-6)
 
 
 def test_flat_spectra_use_them(errors: Errors) -> None:

@@ -53,8 +53,8 @@ void tn_accumulate(const float* a, int64_t lda, const float* b, int64_t ldb, int
 void tn_accumulate(const double* a, int64_t lda, const double* b, int64_t ldb, int64_t depth, double alpha,
                    double* const* out, int64_t m, int64_t n);
 
-// out[i * ldo + j] += sum_r a[i * lda + r] * b[r * ldb + j] for i < m, j < n; n a multiple of eight, and small: A
-// is read again for every 24 columns.
+// out[i * ldo + j] += sum_r a[i * lda + r] * b[r * ldb + j] for i < m, j < n; n a multiple of eight. For few rows
+// or few columns: nothing is copied to be contiguous.
 void nn_accumulate(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* out,
                    int64_t ldo, int64_t m, int64_t n);
 void nn_accumulate(const double* a, int64_t lda, const double* b, int64_t ldb, int64_t depth, double* out,

@@ -197,55 +197,57 @@ DSE_INLINE void multiply_all_tiles(Tiles& tiles, const TurnedColumns& a, int64_t
   for (int64_t i = 0; i < kTileSide; ++i) row(i, last, sums[1 - which].row(i));
 }
 
-// short_gram_upper() of short_products.h.
-void tile_gram_upper(const ShortPair* panels, int64_t height, int64_t pairs, const float* step, double* c,
-                     int64_t ldc, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+// Columns i0 .. i1 of A, which left(i) has, against columns of B, which right(j) has, from first(i) to j1, a
+// chunk of the depth at a time: row(i, j, sums) takes sums of a row. Pairs of A are lda apart.
+template <typename Left, typename Right, typename First, typename TakeRow>
+DSE_INLINE void multiply_in_chunks(int64_t pairs, int64_t i0, int64_t i1, int64_t j1, const Left& left,
+                                   int64_t lda, const Right& right, const First& first, const TakeRow& row) {
   Tiles tiles;
   TurnedColumns turned;
   for (int64_t p = 0; p < pairs; p += kTileChunk) {
     const int64_t depth = std::min(kTileChunk, pairs - p);
-    const auto from = [&](int64_t j) {
-      return panels + j / kShortPanel * kShortPanel * height + p * kShortPanel + j % kShortPanel;
-    };
     for (int64_t i = i0; i < i1; i += kTileSide) {
-      turn_columns(from(i), kShortPanel, kTileSide, depth, &turned);
-      multiply_all_tiles(tiles, turned, depth, std::max(i, j0), j1, from,
-                         [&](int64_t r, int64_t j, const Sums& sum) __attribute__((always_inline)) {
-                           if (i + r >= i1) return;
-                           const auto scale = static_cast<double>(step[i + r]);
-                           const Eight* steps = reinterpret_cast<const Eight*>(step + j);
-                           auto* dst = reinterpret_cast<WideEight*>(c + (i + r) * ldc + j);
-                           const Eight first = __builtin_shufflevector(sum, sum, 0, 1, 2, 3, 4, 5, 6, 7),
-                                       second = __builtin_shufflevector(sum, sum, 8, 9, 10, 11, 12, 13, 14, 15);
-                           dst[0] += scale * widen(steps[0]) * widen(first);
-                           dst[1] += scale * widen(steps[1]) * widen(second);
-                         });
+      turn_columns(left(i) + p * lda, lda, std::min(kTileSide, i1 - i), depth, &turned);
+      multiply_all_tiles(
+          tiles, turned, depth, first(i), j1, [&](int64_t j) { return right(j) + p * kShortPanel; },
+          [&](int64_t r, int64_t j, const Sums& sum) __attribute__((always_inline)) {
+            if (i + r < i1) row(i + r, j, sum);
+          });
     }
   }
+}
+
+// short_gram_upper() of short_products.h.
+void tile_gram_upper(const ShortPair* panels, int64_t height, int64_t pairs, const float* step, double* c,
+                     int64_t ldc, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+  const auto column = [&](int64_t j) {
+    return panels + j / kShortPanel * kShortPanel * height + j % kShortPanel;
+  };
+  multiply_in_chunks(
+      pairs, i0, i1, j1, column, kShortPanel, column, [&](int64_t i) { return std::max(i, j0); },
+      [&](int64_t i, int64_t j, const Sums& sum) __attribute__((always_inline)) {
+        const auto scale = static_cast<double>(step[i]);
+        const Eight* steps = reinterpret_cast<const Eight*>(step + j);
+        auto* dst = reinterpret_cast<WideEight*>(c + i * ldc + j);
+        const Eight low = __builtin_shufflevector(sum, sum, 0, 1, 2, 3, 4, 5, 6, 7),
+                    high = __builtin_shufflevector(sum, sum, 8, 9, 10, 11, 12, 13, 14, 15);
+        dst[0] += scale * widen(steps[0]) * widen(low);
+        dst[1] += scale * widen(steps[1]) * widen(high);
+      });
 }
 
 // out[i][j] += alpha row_step[i] step[j] sum_r <a[r * lda + i], b_j[r]> for i < m, j < n, a multiple of 16. B
 // lies in panels of kShortPanel columns.
 void tile_accumulate(const ShortPair* a, int64_t lda, const ShortPair* b, int64_t pairs, const float* row_step,
                      const float* step, float alpha, float* const* out, int64_t m, int64_t n) {
-  Tiles tiles;
-  TurnedColumns turned;
-  for (int64_t p = 0; p < pairs; p += kTileChunk) {
-    const int64_t depth = std::min(kTileChunk, pairs - p);
-    const auto from = [&](int64_t j) {
-      return b + j / kShortPanel * kShortPanel * pairs + p * kShortPanel + j % kShortPanel;
-    };
-    for (int64_t i = 0; i < m; i += kTileSide) {
-      turn_columns(a + p * lda + i, lda, std::min(kTileSide, m - i), depth, &turned);
-      multiply_all_tiles(tiles, turned, depth, 0, n, from,
-                         [&](int64_t r, int64_t j, const Sums& sum) __attribute__((always_inline)) {
-                           if (i + r >= m) return;
-                           const Sums scale =
-                               *reinterpret_cast<const Sums*>(step + j) * (alpha * row_step[i + r]);
-                           *reinterpret_cast<Sums*>(out[i + r] + j) += scale * sum;
-                         });
-    }
-  }
+  multiply_in_chunks(
+      pairs, 0, m, n, [&](int64_t i) { return a + i; }, lda,
+      [&](int64_t j) { return b + j / kShortPanel * kShortPanel * pairs + j % kShortPanel; },
+      [](int64_t) { return int64_t{0}; },
+      [&](int64_t i, int64_t j, const Sums& sum) __attribute__((always_inline)) {
+        const Sums scale = *reinterpret_cast<const Sums*>(step + j) * (alpha * row_step[i]);
+        *reinterpret_cast<Sums*>(out[i] + j) += scale * sum;
+      });
 }
 
 #undef DSE_TILE_ZERO
