@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "cpu/dense.h"
+
 namespace dse::cpu {
 
 template <typename T>
@@ -11,8 +13,6 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
   std::stable_sort(items.begin(), items.end(),
                    [](const ClusterItem<T>& a, const ClusterItem<T>& b) { return a.n > b.n; });
   std::vector<SpectralWorkspace> workspaces(static_cast<size_t>(max_workers()));
-  // Several clusters make a task: fewer where their matrices are large, because a task holds what they leave, and
-  // of large ones towards the end, for which a thread may wait.
   constexpr int64_t kMostCells = 1 << 21, kTail = 24;
   const auto total = static_cast<int64_t>(items.size());
   std::vector<int64_t> begins{0};
@@ -20,7 +20,8 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
     const int64_t side = std::min(items[static_cast<size_t>(begins.back())].n, x.dim),
                   left = total - begins.back();
     int64_t most = kLanes;
-    if (side > kLanesMaxSide && left <= kTail) most = left > kTail / 3 ? kLanes / 2 : kLanes / 4;
+    if (side > kLanesMaxSide && sizeof(T) == 4) most = 1;
+    else if (side > kLanesMaxSide && left <= kTail) most = left > kTail / 3 ? kLanes / 2 : kLanes / 4;
     begins.push_back(std::min(total, begins.back() + std::clamp<int64_t>(kMostCells / (side * side), 1, most)));
   }
   const auto groups = static_cast<int64_t>(begins.size()) - 1;
@@ -51,7 +52,7 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
 
   // Clusters of one size have similar spectra: the first groups of large ones and of small ones tell whether
   // float32 is worth a try for the others. Which ones they are does not depend on the threads.
-  constexpr int64_t kSample = 2;
+  constexpr int64_t kSample[2] = {4, 2};
   const auto is_small = [&](int64_t group) {
     const auto largest = static_cast<size_t>(begins[static_cast<size_t>(group)]);
     return std::min(items[largest].n, x.dim) <= kLanesMaxSide;
@@ -59,7 +60,7 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
   std::vector<int64_t> sample, rest;
   int64_t seen[2] = {};
   for (int64_t group = 0; group < groups; ++group)
-    (seen[is_small(group) ? 1 : 0]++ < kSample ? sample : rest).push_back(group);
+    (seen[is_small(group) ? 1 : 0]++ < kSample[is_small(group) ? 1 : 0] ? sample : rest).push_back(group);
   for_each_task(static_cast<int64_t>(sample.size()), work, [&](int64_t task, int64_t worker) {
     run(sample[static_cast<size_t>(task)], true, workspaces[static_cast<size_t>(worker)]);
   });
@@ -83,15 +84,13 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
 
 namespace {
 
-// add_cluster_gradient() in 16-bit products, with the centred rows in ws.rows. The diagonal of the slot's matrix
-// is apart: it would set the steps.
-void add_short_gradient(const ClusterGradientItem<float>& item, int64_t d, float weight,
-                        ClusterGradientWorkspace<float>& ws) {
-  const int64_t n = item.n, side = std::min(n, d);
+// add_cluster_gradient() in 16-bit products, with the centred rows in ws.rows and the slot's matrix in
+// ws.matrix, whose diagonal is apart: it would set the steps.
+void add_short_gradient(int64_t n, int64_t d, float weight, ClusterGradientWorkspace<float>& ws) {
+  const int64_t side = std::min(n, d);
   const float* rows = ws.rows.data();
-  float* matrix = ws.turned.reserve(side * side + side);
-  float* diagonal = matrix + side * side;
-  std::copy_n(item.slot, side * side, matrix);
+  float* matrix = ws.matrix.data();
+  float* diagonal = ws.turned.reserve(side);
   for (int64_t i = 0; i < side; ++i) diagonal[i] = std::exchange(matrix[i * side + i], 0.0f);
   ShortMatrix& left = ws.short_left;
   ShortMatrix& right = ws.short_right;
@@ -130,6 +129,9 @@ void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item,
     }
     return;
   }
+  const int64_t side = std::min(n, d);
+  T* matrix = ws.matrix.reserve(side * side);
+  load_triangle(item.slot, side, matrix);
   ws.targets.resize(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) ws.targets[static_cast<size_t>(i)] = target(i);
   const bool is_short = item.form == SavedForm::kShortGramSide || item.form == SavedForm::kRoundedShortGramSide;
@@ -145,7 +147,7 @@ void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item,
   if constexpr (sizeof(T) == 4) {
     if (is_short) {
       gather();
-      add_short_gradient(item, d, weight, ws);
+      add_short_gradient(n, d, weight, ws);
       return;
     }
   }
@@ -171,7 +173,7 @@ void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item,
         ws.right.set_row(i, row);
       }
     }
-    accumulate_product(item.slot, n, n, ws.right, weight, ws.targets.data());  // the slot is symmetric
+    accumulate_product(matrix, n, n, ws.right, weight, ws.targets.data());  // the matrix is symmetric
     return;
   }
   const T* rows = gather();
@@ -179,7 +181,7 @@ void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item,
   for (int64_t i = 0; i < n; ++i)
     for (int64_t f = 0; f < d; ++f) turned[f * n + i] = rows[i * d + f];
   ws.right.reserve(d, d);
-  for (int64_t f = 0; f < d; ++f) ws.right.set_row(f, item.slot + f * d);
+  for (int64_t f = 0; f < d; ++f) ws.right.set_row(f, matrix + f * d);
   accumulate_product(turned, n, n, ws.right, weight, ws.targets.data());
 }
 

@@ -59,6 +59,7 @@ template <typename T>
 struct ClusterGradientWorkspace {
   Buffer<double> origin;
   Buffer<T> rows;
+  Buffer<T> matrix;  // of the slot
   Buffer<T> turned;
   PanelMatrix<T> right;
   ShortMatrix short_left, short_right;

@@ -101,6 +101,26 @@ void store_matrix(const P* src, int64_t rows, int64_t cols, int64_t ld, T* dst, 
       dst[i * cols + j] = static_cast<T>(unit * static_cast<double>(src[i * ld + j]));
 }
 
+// dst = unit * the upper triangle of a symmetric matrix, row by row: m (m + 1) / 2 elements.
+template <typename P, typename T>
+void store_triangle(const P* src, int64_t m, int64_t ld, T* dst, double unit = 1.0) {
+  for (int64_t i = 0; i < m; dst += m - i++)
+    for (int64_t j = i; j < m; ++j)
+      dst[j - i] = static_cast<T>(unit * static_cast<double>(src[i * ld + j]));
+}
+
+// The symmetric matrix (m x m) that store_triangle() has stored.
+template <typename T>
+void load_triangle(const T* src, int64_t m, T* matrix) {
+  constexpr int64_t kStep = 16;  // rows at a time: whole cache lines are written below the diagonal
+  for (int64_t i0 = 0; i0 < m; i0 += kStep) {
+    const int64_t i1 = std::min(m, i0 + kStep);
+    for (int64_t i = i0; i < i1; src += m - i++) std::copy_n(src, m - i, matrix + i * m + i);
+    for (int64_t j = i0 + 1; j < m; ++j)
+      for (int64_t i = i0; i < std::min(i1, j); ++i) matrix[j * m + i] = matrix[i * m + j];
+  }
+}
+
 // Whether products with a positive semidefinite matrix, and with features that it belongs to, stay in the range
 // of float32.
 inline bool fits_float32(const double* matrix, int64_t side) {

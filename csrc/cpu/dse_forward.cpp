@@ -73,7 +73,7 @@ class Forward {
 
   DseOutputs run(const std::optional<Tensor>& local_labels, const std::optional<Tensor>& global_labels,
                  const std::optional<Tensor>& global_centroids) {
-    const bool finite = row_scales(x_, p_.normalize, real_ + rows_.scale());
+    const bool finite = row_scales(x_, p_.normalize, real_ + rows_.scale(), real_ + rows_.mean());
     x_.row_scale = real_ + rows_.scale();
     x_.unit_rows = p_.normalize;
     int_[index_.finite()] = finite ? 1 : 0;

@@ -32,20 +32,38 @@ double safe_norm(const double* row, int64_t d) {
 
 }  // namespace
 
-bool row_scales(const Features& x, bool normalize, double* scale) {
+bool row_scales(const Features& x, bool normalize, double* scale, double* mean) {
   DSE_STAGE("row norms");
   const int64_t n = x.rows(), d = x.dim, block = reduction_rows(n), blocks = (n + block - 1) / block;
-  Buffer<double> rows(max_workers() * d);
-  std::atomic<bool> finite{true};
+  const auto load_scaled = [&](int64_t i, double* row) {
+    load_run(x.dtype, x.row(i), x.stride_dim, d, scale[i], row);
+  };
+  // Sums relative to the first row: the mean of equal rows is exact.
+  Buffer<double> rows(max_workers() * d), sums(mean != nullptr ? (blocks + 1) * d : 0);
+  double* origin = sums.data() + blocks * d;
+  const auto set_scale = [&](int64_t i, double* row) {
+    x.load(i, row);
+    const double norm = safe_norm(row, d);
+    scale[i] = normalize ? 1.0 / std::max(norm, kNormFloor) : 1.0;
+    return std::isfinite(norm);
+  };
+  std::atomic<bool> finite{set_scale(0, rows.data())};
+  if (mean != nullptr) load_scaled(0, origin);
   for_each_task(blocks, 8 * n * d, [&](int64_t b, int64_t worker) {
     double* row = rows.data() + worker * d;
-    for (int64_t i = b * block; i < std::min(n, (b + 1) * block); ++i) {
-      x.load(i, row);
-      const double norm = safe_norm(row, d);
-      if (!std::isfinite(norm)) finite = false;
-      scale[i] = normalize ? 1.0 / std::max(norm, kNormFloor) : 1.0;
+    double* sum = sums.data() + b * d;
+    if (mean != nullptr) std::fill(sum, sum + d, 0.0);
+    for (int64_t i = std::max<int64_t>(1, b * block); i < std::min(n, (b + 1) * block); ++i) {
+      if (!set_scale(i, row)) finite = false;
+      if (mean == nullptr) continue;
+      load_scaled(i, row);
+      subtract(origin, row, d);
+      accumulate(row, sum, d);
     }
   });
+  if (mean == nullptr) return finite;
+  for (int64_t b = 1; b < blocks; ++b) axpy(1.0, sums.data() + b * d, sums.data(), d);
+  for (int64_t f = 0; f < d; ++f) mean[f] = origin[f] + sums[f] / static_cast<double>(n);
   return finite;
 }
 
@@ -59,10 +77,9 @@ bool group_is_finite(const Features& x, int64_t g) {
   return true;
 }
 
-double average_norm(const Features& x, double* mean, double* mean_direction) {
+double average_norm(const Features& x, const double* mean, double* mean_direction) {
   DSE_STAGE("spread");
   const int64_t n = x.rows(), d = x.dim, block = reduction_rows(n), blocks = (n + block - 1) / block;
-  column_means({&x, nullptr, 0, n, false}, mean);
   Buffer<double> partial(blocks * (2 * d + 2));
   for_each_task(blocks, 8 * n * d, [&](int64_t b, int64_t) {
     double* direction = partial.data() + b * (2 * d + 2);

@@ -263,14 +263,16 @@ void large_eigenvalues(Spectrum* const* spectra, Tridiagonal* const* matrices, i
   }
 }
 
-// Whether the traces of evaluate_by_traces() do: for large matrices in float32, without zero eigenvalues but the
-// one that was lifted.
-bool is_traced(const Spectrum& s, SpectralKind kind, bool narrow) {
-  return narrow && kind == SpectralKind::kNuclearNorm && s.m > kLanesMaxSide &&
+// Whether the traces of evaluate_by_traces() do: for float32 results of large matrices without zero eigenvalues
+// but the one that was lifted.
+template <typename T>
+bool is_traced(const Spectrum& s, SpectralKind kind) {
+  return sizeof(T) == 4 && kind == SpectralKind::kNuclearNorm && s.m > kLanesMaxSide &&
          s.null == (s.lifted > 0.0 ? 1 : 0);
 }
 
 // Eigenvalues of what was reduced, and of the small Gram matrices, which are destroyed.
+template <typename T>
 void find_eigenvalues(SpectralKind kind, Spectrum* spectra, int64_t count, SpectralWorkspace& ws, bool narrow) {
   DSE_STAGE("clusters: tridiagonal form, eigenvalues");
   const double* wide[kLanes];
@@ -285,7 +287,7 @@ void find_eigenvalues(SpectralKind kind, Spectrum* spectra, int64_t count, Spect
     if (!s.finite) continue;
     if (s.m > kLanesMaxSide) {
       s.error += ws.large[i].error();
-      if (is_traced(s, kind, narrow)) continue;
+      if (is_traced<T>(s, kind)) continue;
       large_spectra[large] = &s;
       matrices[large++] = &ws.large[i];
       continue;
@@ -346,7 +348,7 @@ void apply_functions(const RowSet* sets, const Spectrum* spectra, const ShiftedI
     const Spectrum& s = spectra[i];
     // Centred rows sum to zero: their vector of ones takes no part, whatever the function made of it.
     if (sets[i].center && sets[i].n <= sets[i].x->dim) centre_both_ways(matrix, s.m, own_ld);
-    store_matrix(matrix, s.m, s.m, own_ld, targets[i].slot, unit);
+    store_triangle(matrix, s.m, own_ld, targets[i].slot, unit);
     if (targets[i].form == SavedForm::kNone) targets[i].form = SavedForm::kGramSide;
   };
   for (int64_t i = 0; i < count; ++i) {
@@ -430,7 +432,7 @@ Outcome evaluate(const RowSet& set, SpectralKind kind, const Spectrum& s, Spectr
   double* weight = sigma + s.m;
   const auto no_gradient = [&] {
     if (target.slot != nullptr) {
-      std::fill_n(target.slot, s.m * s.m, T(0));
+      std::fill_n(target.slot, s.m * (s.m + 1) / 2, T(0));
       target.form = SavedForm::kGramSide;
     }
     return Outcome::kDone;
@@ -459,10 +461,11 @@ Outcome evaluate(const RowSet& set, SpectralKind kind, const Spectrum& s, Spectr
 }
 
 // The same for a nuclear norm of what is_traced(): the sum of square roots is a sum of traces of inverses, and so
-// is what float32 costs.
+// is what float32 costs. kInaccurate without `narrow`: the traces, and not the matrix.
 template <typename T>
 Outcome evaluate_by_traces(const RowSet& set, const Spectrum& s, const Tridiagonal& matrix,
-                           SpectralTarget<T>& target, ShiftedInverses& function, Buffer<double>& work) {
+                           SpectralTarget<T>& target, bool narrow, ShiftedInverses& function,
+                           Buffer<double>& work) {
   DSE_STAGE("clusters: tridiagonal form, eigenvalues");
   constexpr double kValueError = 1e-8;
   target.form = SavedForm::kNone;
@@ -498,7 +501,8 @@ Outcome evaluate_by_traces(const RowSet& set, const Spectrum& s, const Tridiagon
   const NarrowLoss loss = nuclear_norm_loss(sums, std::max(set.n, set.x->dim), s.error, s.row_error);
   const bool rounds = loss.same_rows < loss.rows;
   const double rows = rounds ? loss.same_rows : loss.rows;
-  if (!loss.is_small() || !(rows < kShortLoss)) return Outcome::kInaccurate;
+  const bool is_narrow = loss.is_small() && rows < kShortLoss;
+  if (narrow && !is_narrow) return Outcome::kInaccurate;
   // The product's errors in 16 bits are independent of those.
   const bool is_short = s.row_error > 0.0 && std::hypot(rows, kShortRounding * loss.amplification) < kShortLoss;
   target.value = sums.roots;
@@ -506,7 +510,7 @@ Outcome evaluate_by_traces(const RowSet& set, const Spectrum& s, const Tridiagon
   else target.form = is_short ? SavedForm::kShortGramSide : SavedForm::kGramSide;
   if (target.slot == nullptr) return Outcome::kDone;
   function = inverse_square_root(smallest / scale, largest / scale, function_error<T>());
-  return Outcome::kNarrowFunction;
+  return is_narrow ? Outcome::kNarrowFunction : Outcome::kFunction;
 }
 
 // spectral_functions in one precision. Returns the matrices whose spectra float32 is not enough for.
@@ -524,6 +528,8 @@ std::vector<int64_t> spectral_functions_in(const RowSet* sets, int64_t count, Sp
     if (narrow) fill_narrow_gram(sets[i], s, ws);
     else fill_gram(sets[i], s, ws);
     if (!large || !s.finite) continue;
+    if (!narrow && sizeof(T) == 4 && kind == SpectralKind::kNuclearNorm && sets[i].center && sets[i].n <= sets[i].x->dim)
+      lift_ones(s.gram, stream_ld(s.m), s);
     // While it is in the cache.
     DSE_STAGE("clusters: tridiagonal form, eigenvalues");
     if (narrow && !is_square(sets[i]))
@@ -532,15 +538,23 @@ std::vector<int64_t> spectral_functions_in(const RowSet* sets, int64_t count, Sp
     else ws.large[i].reduce(s.gram, s.m, stream_ld(s.m));
     s.gram = nullptr;  // the next one's
   }
-  find_eigenvalues(kind, spectra, count, ws, narrow);
+  find_eigenvalues<T>(kind, spectra, count, ws, narrow);
 
   ShiftedInverses functions[kLanes];
   Outcome outcome[kLanes];
   std::vector<int64_t> failed;
   for (int64_t i = 0; i < count; ++i) {
-    outcome[i] = is_traced(spectra[i], kind, narrow)
-                     ? evaluate_by_traces(sets[i], spectra[i], ws.large[i], targets[i], functions[i], ws.values)
-                     : evaluate(sets[i], kind, spectra[i], targets[i], narrow, functions[i]);
+    Spectrum& s = spectra[i];
+    Tridiagonal* matrix = &ws.large[i];
+    const bool traced = is_traced<T>(s, kind);
+    outcome[i] = traced
+                     ? evaluate_by_traces(sets[i], s, *matrix, targets[i], narrow, functions[i], ws.values)
+                     : evaluate(sets[i], kind, s, targets[i], narrow, functions[i]);
+    if (traced && !narrow && outcome[i] == Outcome::kInaccurate) {
+      Spectrum* const one = &s;
+      if (s.finite) large_eigenvalues(&one, &matrix, 1, ws);
+      outcome[i] = evaluate(sets[i], kind, s, targets[i], narrow, functions[i]);
+    }
     if (outcome[i] == Outcome::kInaccurate) failed.push_back(i);
     if (outcome[i] == Outcome::kSteep) exact_spectral_function(sets[i], kind, spectra[i], targets[i], ws);
   }
