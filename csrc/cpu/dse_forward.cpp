@@ -243,14 +243,20 @@ class Forward {
   }
 
   // Effective rank of all rows, around the clusters' nuclear norms: one thread finds the eigenvalues of the large
-  // matrix while the others go through the clusters.
+  // matrix while the others go through the clusters, and does the rest of what threads cannot share.
   double rank_and_radii() {
     StreamedRank rank;
     rank.measure({&x_, nullptr, 0, p_.rows(), false}, kExact);
-    rank.reduce(kExact);
-    measure_clusters([&] { rank.find_eigenvalues(); });
+    if (!rank.is_small()) rank.reduce(kExact);
     RankForm form;
-    const double value = rank.finish(kExact, save_ ? matrices() : nullptr, &form);
+    std::optional<double> early;
+    const auto finish = [&] { return rank.finish(kExact, save_ ? matrices() : nullptr, &form); };
+    measure_clusters([&] {
+      if (rank.is_small()) rank.reduce(kExact);
+      rank.find_eigenvalues();
+      if (rank.is_small() && rank.is_nearly_done()) early = finish();
+    });
+    const double value = early ? *early : finish();
     int_[index_.rank_form()] = form.code();
     if (p_.variant == Variant::kPaper) return value;
     return value / static_cast<double>(std::min(p_.rows(), p_.dim));

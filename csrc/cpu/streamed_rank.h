@@ -41,6 +41,11 @@ class StreamedRank {
   // gradient's matrix have to run.
   double finish(bool exact, double* gradient, RankForm* form);
 
+  // Before reduce(): one thread does most of it in any case, and the caller may have other work for the others.
+  bool is_small() const { return m_ < kWorthParts; }
+  // After find_eigenvalues(): finish() does not go through the rows again.
+  bool is_nearly_done() const { return accurate_ && traced_.has_value(); }
+
   // All four.
   double run(const RowSet& set, bool exact, double* gradient, RankForm* form) {
     measure(set, exact);

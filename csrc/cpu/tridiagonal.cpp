@@ -42,9 +42,6 @@ namespace {
 
 constexpr int64_t kCells = kBlock * kBlock;
 constexpr int64_t kTile = 96;
-// Sides from which on sums are shared out among parts. Clusters, which are many, have smaller ones, and threads
-// have one each; of a single matrix that is smaller, one thread does most.
-constexpr int64_t kWorthParts = kWorthThreads == 0 ? 0 : 640;
 // Columns that a mixed reduction does in float64 at least.
 constexpr int64_t kFirstWide = 8;
 

@@ -13,6 +13,10 @@ namespace dse::cpu {
 // The part of the columns that a mixed reduction does in float64 at most, where float32 products are not enough.
 inline constexpr int64_t kWideShare = 8;
 
+// Sides from which on sums are shared out among parts. Clusters, which are many, have smaller ones, and threads
+// have one each; of a single matrix that is smaller, one thread does most.
+inline constexpr int64_t kWorthParts = kWorthThreads == 0 ? 0 : 640;
+
 // What to call flat, of the Gram matrix of a matrix with sides `shorter` and `longer`. Of independent entries the
 // mean of the inverse eigenvalues is that of the mean one over 1 - shorter / longer (Marchenko & Pastur), and the
 // gradient's error grows with it: a tenth of what is allowed, for spectra that are less kind.
