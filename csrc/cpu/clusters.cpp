@@ -177,12 +177,12 @@ void add_cluster_gradient(const Features& x, const ClusterGradientItem<T>& item,
     return;
   }
   const T* rows = gather();
-  T* turned = ws.turned.reserve(d * n);
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t f = 0; f < d; ++f) turned[f * n + i] = rows[i * d + f];
+  const int64_t ldt = (n + 7) / 8 * 8;
+  T* turned = ws.turned.reserve(d * ldt);
+  turn(rows, d, n, d, turned, ldt);
   ws.right.reserve(d, d);
   for (int64_t f = 0; f < d; ++f) ws.right.set_row(f, matrix + f * d);
-  accumulate_product(turned, n, n, ws.right, weight, ws.targets.data());
+  accumulate_product(turned, ldt, n, ws.right, weight, ws.targets.data());
 }
 
 template void nuclear_norms<float>(const Features&, std::vector<ClusterItem<float>>&,

@@ -8,6 +8,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
+#include "cpu/turn.h"
 
 namespace dse::cpu {
 
@@ -75,50 +76,32 @@ int64_t count_null(const P* gram, int64_t m, int64_t ld, bool centered_rows) {
   return std::min(count, m);
 }
 
-template <typename P>
-void mirror_upper(P* g, int64_t n, int64_t ld) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < i; ++j) g[i * ld + j] = g[j * ld + i];
-}
-
-// turned (cols x ldt) = matrix^T, zero tails.
+// turned (cols x ldt) = matrix^T, zero tails; ldt is a multiple of eight.
 template <typename P>
 void transpose(const P* matrix, int64_t rows, int64_t cols, int64_t ld, P* turned, int64_t ldt) {
-  constexpr int64_t kStep = 8;
-  for (int64_t i0 = 0; i0 < rows; i0 += kStep) {
-    const int64_t i1 = std::min(rows, i0 + kStep);
-    for (int64_t f = 0; f < cols; ++f)
-      for (int64_t i = i0; i < i1; ++i) turned[f * ldt + i] = matrix[i * ld + f];
-  }
-  for (int64_t f = 0; f < cols; ++f) std::fill(turned + f * ldt + rows, turned + (f + 1) * ldt, P(0));
+  turn(matrix, ld, rows, cols, turned, ldt);
+  const int64_t filled = (rows + 7) / 8 * 8;
+  for (int64_t f = 0; f < cols && filled < ldt; ++f)
+    std::fill(turned + f * ldt + filled, turned + (f + 1) * ldt, P(0));
 }
 
 // dst (rows x cols) = unit * src.
 template <typename P, typename T>
 void store_matrix(const P* src, int64_t rows, int64_t cols, int64_t ld, T* dst, double unit = 1.0) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < cols; ++j)
-      dst[i * cols + j] = static_cast<T>(unit * static_cast<double>(src[i * ld + j]));
+  for (int64_t i = 0; i < rows; ++i) store_scaled(src + i * ld, unit, cols, dst + i * cols);
 }
 
 // dst = unit * the upper triangle of a symmetric matrix, row by row: m (m + 1) / 2 elements.
 template <typename P, typename T>
 void store_triangle(const P* src, int64_t m, int64_t ld, T* dst, double unit = 1.0) {
-  for (int64_t i = 0; i < m; dst += m - i++)
-    for (int64_t j = i; j < m; ++j)
-      dst[j - i] = static_cast<T>(unit * static_cast<double>(src[i * ld + j]));
+  for (int64_t i = 0; i < m; dst += m - i++) store_scaled(src + i * ld + i, unit, m - i, dst);
 }
 
 // The symmetric matrix (m x m) that store_triangle() has stored.
 template <typename T>
 void load_triangle(const T* src, int64_t m, T* matrix) {
-  constexpr int64_t kStep = 16;  // rows at a time: whole cache lines are written below the diagonal
-  for (int64_t i0 = 0; i0 < m; i0 += kStep) {
-    const int64_t i1 = std::min(m, i0 + kStep);
-    for (int64_t i = i0; i < i1; src += m - i++) std::copy_n(src, m - i, matrix + i * m + i);
-    for (int64_t j = i0 + 1; j < m; ++j)
-      for (int64_t i = i0; i < std::min(i1, j); ++i) matrix[j * m + i] = matrix[i * m + j];
-  }
+  for (int64_t i = 0; i < m; src += m - i++) std::copy_n(src, m - i, matrix + i * m + i);
+  mirror(matrix, m, 0, m, m);
 }
 
 // Whether products with a positive semidefinite matrix, and with features that it belongs to, stay in the range

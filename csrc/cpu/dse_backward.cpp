@@ -1,9 +1,9 @@
 // Gradient of dse_components in closed form (docs/definitions.md).
 //
-// Group by group, in a workspace of one group of rows: g = X F (effective rank), plus W_c X_c of every local and
-// global cluster, plus the two distances' unit vectors; then the Jacobian of the normalization, and the row is
-// written once in the input's dtype. The evaluation variant's effective ranks run across all images, so they
-// are summed into a buffer of all rows first.
+// Group by group, in the rows of the result or, where these are of another type, in a workspace of one group: g =
+// X F (effective rank), plus W_c X_c of every local and global cluster, plus the two distances' unit vectors; then
+// the Jacobian of the normalization, and the row is written in the input's dtype. The evaluation variant's
+// effective ranks run across all images, so they are summed into a buffer of all rows first.
 
 #include <array>
 #include <cmath>
@@ -340,13 +340,29 @@ class Backward {
     });
   }
 
+  // Whether the result itself has room for the sums, which its rows are made of one by one.
+  bool sums_in_place() const {
+    return x_.element_size == static_cast<int64_t>(sizeof(T)) && padded(p_.dim) == p_.dim;
+  }
+
+  // By all threads: the pages may be new.
+  void zero_rows(T* sum, int64_t n) const {
+    constexpr int64_t kRows = 128;
+    const int64_t ld = padded(p_.dim);
+    for_each_task((n + kRows - 1) / kRows, n * ld, [&](int64_t task, int64_t) {
+      const int64_t begin = task * kRows;
+      std::fill(sum + begin * ld, sum + std::min(n, begin + kRows) * ld, T(0));
+    });
+  }
+
   void group(int64_t g) {
     const int64_t begin = p_.group_begin(g), end = p_.group_end(g), n = end - begin, ld = padded(p_.dim);
     T* sum = nullptr;
     if (p_.variant == Variant::kEvaluation) {
       sum = all_rows_.data() + begin * ld;
     } else {
-      sum = group_rows_.reserve_zeroed(n * ld);
+      sum = sums_in_place() ? reinterpret_cast<T*>(out_row(begin)) : group_rows_.reserve(n * ld);
+      zero_rows(sum, n);
       if (rank_ != 0.0 && !rows_side()) {
         rank_gradient_of({&x_, nullptr, begin, n, false}, saved_dim_, RankForm::of(int_[index_at_.rank_form()]),
                          rank_work_, sum, begin);

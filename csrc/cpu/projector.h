@@ -34,7 +34,7 @@ inline void weighted_projector(const double* vectors, const double* coefficient,
   for_each_upper_tile(0, m, kGramTile, m * m * used / 2, [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
     tn_product_upper(left, ld, right, ld, used, out, ldo, i0, i1, j0, j1);
   });
-  mirror_upper(out, m, ldo);
+  mirror(out, ldo, 0, m, m);
 }
 
 }  // namespace dse::cpu

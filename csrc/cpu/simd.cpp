@@ -106,6 +106,15 @@ DSE_INLINE void add_distances_impl(const T* partial, const double* x, double to_
 DSE_LOADS(double)
 DSE_LOADS(float)
 
+#define DSE_SCALED_STORES(S, D)                                                                   \
+  DSE_MULTIVERSION void store_scaled(const S* src, double scale, int64_t n, D* dst) {             \
+    for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<D>(scale * static_cast<double>(src[i])); \
+  }
+DSE_SCALED_STORES(float, float)
+DSE_SCALED_STORES(float, double)
+DSE_SCALED_STORES(double, float)
+DSE_SCALED_STORES(double, double)
+
 DSE_MULTIVERSION void store_run(DType dtype, const double* src, int64_t n, void* dst) {
   switch (dtype) {
     case DType::kFloat64: std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(double)); return;

@@ -29,6 +29,12 @@ void load_shifted(DType dtype, const void* src, int64_t stride, int64_t n, doubl
                   double inverse, float* dst);
 void store_run(DType dtype, const double* src, int64_t n, void* dst);
 
+// dst = scale * src, multiplied in float64.
+void store_scaled(const float* src, double scale, int64_t n, float* dst);
+void store_scaled(const float* src, double scale, int64_t n, double* dst);
+void store_scaled(const double* src, double scale, int64_t n, float* dst);
+void store_scaled(const double* src, double scale, int64_t n, double* dst);
+
 // sum of squares of n doubles; <a, b>; y += alpha * x.
 double sum_of_squares(const double* x, int64_t n);
 double dot(const double* a, const double* b, int64_t n);

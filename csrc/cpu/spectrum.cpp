@@ -71,7 +71,7 @@ void fill_gram(const RowSet& set, Spectrum& s, SpectralWorkspace& ws) {
   }
   // Rows that sum to zero: one singular value vanishes by construction.
   s.null = count_null(s.gram, s.m, ldg, set.center && rows_side);
-  if (s.m <= kLanesMaxSide) mirror_upper(s.gram, s.m, ldg);
+  if (s.m <= kLanesMaxSide) mirror(s.gram, ldg, 0, s.m, s.m);
   double trace = 0.0;
   for (int64_t i = 0; i < s.m; ++i) trace += s.gram[i * ldg + i];
   s.finite = std::isfinite(trace);
@@ -98,7 +98,7 @@ void fill_small_gram(const float* matrix, const RowSet& set, Spectrum& s, Spectr
     }
     tn_product_upper(block, ldg, block, ldg, height, gram, ldg, 0, m, 0, m);
   }
-  mirror_upper(gram, m, ldg);
+  mirror(gram, ldg, 0, m, m);
 }
 
 // A large one with float32 products, summed in float64.

@@ -64,7 +64,7 @@ void StreamedRank::fill_gram(Products products) {
   else magnitude = columns ? column_gram<double>(set_, gram) : row_gram(set_, gram);
   floor_ = noise_floor(magnitude, set_.n);
   null_ = count_null(gram, m_, ldg, set_.center && !columns);
-  if (m_ <= kLanesMaxSide) mirror_upper(gram, m_, ldg);
+  if (m_ <= kLanesMaxSide) mirror(gram, ldg, 0, m_, m_);
   double trace = 0.0;
   for (int64_t i = 0; i < m_; ++i) trace += gram[i * ldg + i];
   gram_error_ = 0.0;

@@ -23,6 +23,7 @@
 #include "cpu/dense.h"
 #include "cpu/processor.h"
 #include "cpu/tridiagonal_traces.h"
+#include "cpu/turn.h"
 #include "cpu/vectors.h"
 
 namespace dse::cpu {
@@ -68,10 +69,6 @@ template <typename T>
 void add_rows(int64_t rows, const T* other, int64_t ld, int64_t first, int64_t last, T* sum) {
   DSE_CALL_BY_ISA(add_rows, rows, other, ld, first, last, sum);
 }
-template <typename T>
-void turn(const T* in, int64_t ld, int64_t rows, int64_t columns, T* out, int64_t ldo) {
-  DSE_CALL_BY_ISA(turn, in, ld, rows, columns, out, ldo);
-}
 void invert_pivots(int64_t n, int64_t wide, const double* diagonal, const double* off, const double* shift,
                    double* inverse) {
   DSE_CALL_BY_ISA(invert_pivots, n, wide, diagonal, off, shift, inverse);
@@ -91,10 +88,6 @@ void shifted_rows(int64_t shifts, int64_t wide, int64_t k0, int64_t rows, const 
 template <typename T>
 void block_reflector(int64_t rows, const T* gram, const double* factor, T* turned) {
   DSE_CALL_BY_ISA(block_reflector, rows, gram, factor, turned);
-}
-template <typename T>
-void mirror(T* a, int64_t ld, int64_t first, int64_t row_end, int64_t n) {
-  DSE_CALL_BY_ISA(mirror, a, ld, first, row_end, n);
 }
 
 // The rows of a crew's parts, of about equal areas of the upper triangle from row `first` on; multiples of
