@@ -5,8 +5,8 @@
 //   nuclear norm      F = sum s                       w_i = 1
 //   effective rank    F = exp(-sum p log p), p = s/S  w_i = -(F / S) (log p_i + h),  S = sum s, h = log F
 // (Roy & Vetterli, "The effective rank", EUSIPCO 2007.) A saved slot holds the small symmetric matrix
-// (kGramSide: n x n if n <= d, else d x d; on the CPU its upper triangle) or, where the spectrum is too steep for that product to be accurate,
-// the gradient itself (kPolar: n x d).
+// (kGramSide: n x n if n <= d, else d x d; on the CPU its upper triangle) or, where the spectrum is too steep for
+// that product to be accurate, the gradient itself (kPolar: n x d).
 #pragma once
 
 #include <cmath>

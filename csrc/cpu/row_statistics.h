@@ -8,15 +8,15 @@
 
 namespace dse::cpu {
 
-// scale[i] = 1 / max(||row i||, floor) where `normalize`, else 1; `mean` (or null): of the rows times their scales,
-// exact where all rows are equal. Returns whether every feature is finite.
+// scale[i] = 1 / max(||row i||, floor) where `normalize`, else 1; `mean` (or null): of the rows times their
+// scales, exact where all rows are equal. Returns whether every feature is finite.
 bool row_scales(const Features& x, bool normalize, double* scale, double* mean = nullptr);
 
 // Whether every feature of the rows of outer index g is finite.
 bool group_is_finite(const Features& x, int64_t g);
 
-// Mean Euclidean distance of all rows from their mean (0 where that is rounding), and the mean of the unit vectors
-// from the mean to the rows.
+// Mean Euclidean distance of all rows from their mean (0 where that is rounding), and the mean of the unit
+// vectors from the mean to the rows.
 double average_norm(const Features& x, const double* mean, double* mean_direction);
 
 // For every row of [first, last): the nearest centroid other than its own, and the distance to it.

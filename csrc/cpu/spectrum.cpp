@@ -528,7 +528,8 @@ std::vector<int64_t> spectral_functions_in(const RowSet* sets, int64_t count, Sp
     if (narrow) fill_narrow_gram(sets[i], s, ws);
     else fill_gram(sets[i], s, ws);
     if (!large || !s.finite) continue;
-    if (!narrow && sizeof(T) == 4 && kind == SpectralKind::kNuclearNorm && sets[i].center && sets[i].n <= sets[i].x->dim)
+    if (!narrow && sizeof(T) == 4 && kind == SpectralKind::kNuclearNorm && sets[i].center &&
+        sets[i].n <= sets[i].x->dim)
       lift_ones(s.gram, stream_ld(s.m), s);
     // While it is in the cache.
     DSE_STAGE("clusters: tridiagonal form, eigenvalues");
@@ -547,9 +548,8 @@ std::vector<int64_t> spectral_functions_in(const RowSet* sets, int64_t count, Sp
     Spectrum& s = spectra[i];
     Tridiagonal* matrix = &ws.large[i];
     const bool traced = is_traced<T>(s, kind);
-    outcome[i] = traced
-                     ? evaluate_by_traces(sets[i], s, *matrix, targets[i], narrow, functions[i], ws.values)
-                     : evaluate(sets[i], kind, s, targets[i], narrow, functions[i]);
+    outcome[i] = traced ? evaluate_by_traces(sets[i], s, *matrix, targets[i], narrow, functions[i], ws.values)
+                        : evaluate(sets[i], kind, s, targets[i], narrow, functions[i]);
     if (traced && !narrow && outcome[i] == Outcome::kInaccurate) {
       Spectrum* const one = &s;
       if (s.finite) large_eigenvalues(&one, &matrix, 1, ws);
