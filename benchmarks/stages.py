@@ -117,7 +117,7 @@ def stage_work(
         ),
         "rank: tridiagonal form, eigenvalues": Work(single=2 / 3 * m**3),
         "rank: gradient matrix": Work(single=2 / 3 * m**3),
-        "spread": Work(bytes=2 * pass_),
+        "spread": Work(bytes=pass_),
         "nearest other centroid": Work(single=rows * d * k, bytes=pass_),
         "backward: rank": Work(single=float(rows) * d * m, bytes=2 * pass_),
         "backward: clusters": Work(

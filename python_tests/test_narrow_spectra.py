@@ -168,6 +168,31 @@ def test_a_few_clusters_unlike_the_others(first: float, device: torch.device) ->
     assert_clusters(x[None], labels[None], len(sizes), *limits(torch.float32, 3.0))
 
 
+@pytest.mark.parametrize("dead", [0, 3])
+@pytest.mark.parametrize("decay", [1.5, 3.0])
+def test_large_clusters_that_begin_in_float64(
+    decay: float, dead: int, device: torch.device
+) -> None:
+    """The sample of large ones rejects float32 for all: eigenvalues and traces in float64.
+
+    Those of decay 3 are too steep for a Gram matrix of any precision.
+    """
+    d, steep = 176, 5
+    sizes = [200, 196, 192, 188, 184, 180, 176, 175, 170]
+    decays = [decay if i < steep else 0.5 for i in range(len(sizes))]
+    x = torch.cat(
+        [power_law(n, d, a, 20 * i) for i, (n, a) in enumerate(zip(sizes, decays, strict=True))]
+    )
+    x[:, :dead] = 0.0
+    labels = torch.arange(len(sizes), device=device).repeat_interleave(
+        torch.tensor(sizes, device=device)
+    )[None]
+    x = x[None].float().to(device)
+    assert_clusters(x, labels, len(sizes), *limits(torch.float32, decay))
+    values, exact = (norms(own, labels, len(sizes))[0][0, steep:] for own in (x, x.double()))
+    torch.testing.assert_close(values, exact.float(), rtol=2e-7, atol=0.0)
+
+
 def outliers(n: int, d: int, decay: float, count: int, length: float) -> Tensor:
     x = power_law(n, d, decay)
     x[:count] *= length

@@ -347,6 +347,7 @@ class Backward {
 
   // By all threads: the pages may be new.
   void zero_rows(T* sum, int64_t n) const {
+    DSE_STAGE("backward: distances, normalization");
     constexpr int64_t kRows = 128;
     const int64_t ld = padded(p_.dim);
     for_each_task((n + kRows - 1) / kRows, n * ld, [&](int64_t task, int64_t) {
