@@ -13,6 +13,9 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
   std::stable_sort(items.begin(), items.end(),
                    [](const ClusterItem<T>& a, const ClusterItem<T>& b) { return a.n > b.n; });
   std::vector<SpectralWorkspace> workspaces(static_cast<size_t>(max_workers()));
+  // Large ones of float32 results are tasks by themselves: what a step leaves is in the cache for the next one.
+  // Of the others several make a task, whose eigenvalues are found side by side: fewer where matrices are large,
+  // because a task holds what they leave, and of large ones towards the end, for which a thread may wait.
   constexpr int64_t kMostCells = 1 << 21, kTail = 24;
   const auto total = static_cast<int64_t>(items.size());
   std::vector<int64_t> begins{0};
@@ -50,17 +53,19 @@ void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items, const 
     }
   };
 
-  // Clusters of one size have similar spectra: the first groups of large ones and of small ones tell whether
+  // Clusters of one size have similar spectra: the first tasks of large ones and of small ones tell whether
   // float32 is worth a try for the others. Which ones they are does not depend on the threads.
-  constexpr int64_t kSample[2] = {4, 2};
+  constexpr int64_t kSample[] = {4, 2};
   const auto is_small = [&](int64_t group) {
     const auto largest = static_cast<size_t>(begins[static_cast<size_t>(group)]);
     return std::min(items[largest].n, x.dim) <= kLanesMaxSide;
   };
   std::vector<int64_t> sample, rest;
   int64_t seen[2] = {};
-  for (int64_t group = 0; group < groups; ++group)
-    (seen[is_small(group) ? 1 : 0]++ < kSample[is_small(group) ? 1 : 0] ? sample : rest).push_back(group);
+  for (int64_t group = 0; group < groups; ++group) {
+    const size_t size = is_small(group) ? 1 : 0;
+    (seen[size]++ < kSample[size] ? sample : rest).push_back(group);
+  }
   for_each_task(static_cast<int64_t>(sample.size()), work, [&](int64_t task, int64_t worker) {
     run(sample[static_cast<size_t>(task)], true, workspaces[static_cast<size_t>(worker)]);
   });

@@ -461,7 +461,8 @@ Outcome evaluate(const RowSet& set, SpectralKind kind, const Spectrum& s, Spectr
 }
 
 // The same for a nuclear norm of what is_traced(): the sum of square roots is a sum of traces of inverses, and so
-// is what float32 costs. kInaccurate without `narrow`: the traces, and not the matrix.
+// is what float32 costs. kInaccurate of a float64 matrix (not `narrow`) speaks of the traces only: eigenvalues
+// have to tell.
 template <typename T>
 Outcome evaluate_by_traces(const RowSet& set, const Spectrum& s, const Tridiagonal& matrix,
                            SpectralTarget<T>& target, bool narrow, ShiftedInverses& function,
