@@ -44,7 +44,7 @@ template <typename T>
 void nuclear_norms(const Features& x, std::vector<ClusterItem<T>>& items,
                    const std::function<void()>& beside = nullptr);
 
-// accumulator row r (ld d, counted from `first_row`) += weight * gradient of the cluster's nuclear norm
+// accumulator row r (ld padded(d), counted from `first_row`) += weight * gradient of the cluster's nuclear norm
 // with respect to its rows.
 template <typename T>
 struct ClusterGradientItem {

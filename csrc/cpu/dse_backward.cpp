@@ -1,7 +1,7 @@
 // Gradient of dse_components in closed form (docs/definitions.md).
 //
-// Group by group, in the rows of the result or, where these are of another type, in a workspace of one group: g =
-// X F (effective rank), plus W_c X_c of every local and global cluster, plus the two distances' unit vectors;
+// Group by group, in the rows of the result or, where these are not as sums need them, in a workspace of a group:
+// g = X F (effective rank), plus W_c X_c of every local and global cluster, plus the two distances' unit vectors;
 // then the Jacobian of the normalization, and the row is written in the input's dtype. The evaluation variant's
 // effective ranks run across all images, so they are summed into a buffer of all rows first.
 

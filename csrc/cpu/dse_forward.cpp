@@ -2,7 +2,7 @@
 //
 // Order of the stages: row norms, local and global k-means (labels), nuclear norms of all clusters, effective
 // rank, spread of the rows, distance to the nearest other centroid. Features are read in place; the largest
-// workspace is one group of rows.
+// workspaces are groups of rows, one a thread, while k-means runs.
 
 #include <array>
 #include <cmath>

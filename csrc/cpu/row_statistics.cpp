@@ -40,7 +40,7 @@ bool row_scales(const Features& x, bool normalize, double* scale, double* mean) 
   };
   // Sums relative to the first row: the mean of equal rows is exact.
   Buffer<double> rows(max_workers() * d), sums(mean != nullptr ? (blocks + 1) * d : 0);
-  double* origin = sums.data() + blocks * d;
+  double* origin = mean != nullptr ? sums.data() + blocks * d : nullptr;
   const auto set_scale = [&](int64_t i, double* row) {
     x.load(i, row);
     const double norm = safe_norm(row, d);
@@ -51,7 +51,7 @@ bool row_scales(const Features& x, bool normalize, double* scale, double* mean) 
   if (mean != nullptr) load_scaled(0, origin);
   for_each_task(blocks, 8 * n * d, [&](int64_t b, int64_t worker) {
     double* row = rows.data() + worker * d;
-    double* sum = sums.data() + b * d;
+    double* sum = mean != nullptr ? sums.data() + b * d : nullptr;
     if (mean != nullptr) std::fill(sum, sum + d, 0.0);
     for (int64_t i = std::max<int64_t>(1, b * block); i < std::min(n, (b + 1) * block); ++i) {
       if (!set_scale(i, row)) finite = false;

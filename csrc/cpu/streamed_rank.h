@@ -25,7 +25,8 @@ struct RankForm {
 
 // Effective rank of a matrix that is not held in memory, in four steps: the Gram matrix (one pass over the rows)
 // and its tridiagonal form, by all threads; its eigenvalues, by one (the caller may have other work for the
-// others); and the value with the m x m float64 matrix of its gradient, by all, m = min(n, d).
+// others); and the value with the m x m float64 matrix of its gradient, by all, m = min(n, d). Of a small matrix
+// the second and the last step are best left to one thread, too.
 //
 // Precision follows the spectrum. A Gram matrix with float32 products, summed over blocks of rows and then in
 // float64, has errors of about 2e-9 of its trace; in 16-bit products it is the exact one of rows that were
@@ -42,7 +43,7 @@ class StreamedRank {
   double finish(bool exact, double* gradient, RankForm* form);
 
   // Before reduce(): one thread does most of it in any case, and the caller may have other work for the others.
-  bool is_small() const { return m_ < kWorthParts; }
+  bool is_small() const { return m_ <= kOneThreads; }
   // After find_eigenvalues(): finish() does not go through the rows again.
   bool is_nearly_done() const { return accurate_ && traced_.has_value(); }
 

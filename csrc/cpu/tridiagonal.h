@@ -16,6 +16,9 @@ inline constexpr int64_t kWideShare = 8;
 // Sides from which on sums are shared out among parts. Clusters, which are many, have smaller ones, and threads
 // have one each; of a single matrix that is smaller, one thread does most.
 inline constexpr int64_t kWorthParts = kWorthThreads == 0 ? 0 : 640;
+// Sides up to which a single matrix is better one thread's work beside other tasks. Builds that look for races:
+// both ways.
+inline constexpr int64_t kOneThreads = kWorthThreads == 0 ? 32 : kWorthParts - 1;
 
 // What to call flat, of the Gram matrix of a matrix with sides `shorter` and `longer`. Of independent entries the
 // mean of the inverse eigenvalues is that of the mean one over 1 - shorter / longer (Marchenko & Pastur), and the
