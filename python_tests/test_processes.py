@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
 from collections.abc import Callable
@@ -54,8 +55,18 @@ class Scores(Dataset[Tensor]):
         return torch.cat([r.double().flatten() for r in everything(self.features[item])])
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_dataloader_workers(start: str, restore_threads: None) -> None:
+def in_a_new_process(target: Callable[..., None], *args: object) -> None:
+    """Runs target, whose child inherits nothing: torch refuses a backward pass in the fork of a
+    process in which another test has started threads of autograd's engine."""
+    process = multiprocessing.get_context("spawn").Process(target=target, args=args)
+    process.start()
+    process.join(300)
+    if process.is_alive():
+        process.kill()
+    assert process.exitcode == 0
+
+
+def load_scores(start: str) -> None:
     torch.set_num_threads(2)
     scores = Scores(images(4))
     expected = [scores[i] for i in range(len(scores))]  # the parent's threads have been used
@@ -65,8 +76,12 @@ def test_dataloader_workers(start: str, restore_threads: None) -> None:
     assert_same_bits(list(loader), expected)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_process_with_one_thread(restore_threads: None) -> None:
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_dataloader_workers(start: str) -> None:
+    in_a_new_process(load_scores, start)
+
+
+def fork_with_one_thread() -> None:
     torch.set_num_threads(2)
     z = clustered(16, 196, 64).float()  # several threads have work
     expected = everything(z)
@@ -86,6 +101,11 @@ def test_a_forked_process_with_one_thread(restore_threads: None) -> None:
     _, status = os.waitpid(child, 0)
     watchdog.cancel()
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_with_one_thread() -> None:
+    in_a_new_process(fork_with_one_thread)
 
 
 @pytest.mark.parametrize("torch_threads", [1, 2])
